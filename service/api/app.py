@@ -1,0 +1,78 @@
+"""The app: where everything is put together. Nothing happens at import."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from service.api import backbones, configs, docs, features, health, models
+from service.api.access import Access
+from service.api.errors import on_crash, on_http_exception, on_service_error, on_validation_error
+from service.api.middleware import ServiceMiddleware
+from service.errors import ServiceError
+from service.metrics import Metrics
+from service.runtime.engine import Engine
+from service.runtime.status import service_version
+from service.settings import Settings
+
+DESCRIPTION = """\
+Turns images into the features of vision backbones. Send a backbone config, spelled as OpenMMLab, timm or torchvision
+spell it, and an image to `POST /features`; `GET /backbones` lists what can be asked for, and
+`POST /backbones/inspect` says what a config would give. Errors are `application/problem+json`.
+"""
+
+
+def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
+    """The ASGI app.
+
+    Args:
+        settings: everything an operator can set.
+        engine: one made elsewhere, for embedding; otherwise the app makes and stops its own.
+    """
+    metrics = Metrics() if engine is None else engine.metrics
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.engine = engine or await asyncio.to_thread(Engine, settings, metrics)
+        app.state.engine.start()
+        try:
+            yield
+        finally:
+            if engine is None:
+                await app.state.engine.stop()
+
+    app = FastAPI(
+        title="backbone-service",
+        version=service_version(),
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.access = Access(settings)
+    for routes in (features, backbones, configs, models, health, docs):
+        app.include_router(routes.router)
+    docs.mount_assets(app)
+    _add_error_handlers(app)
+    app.add_middleware(ServiceMiddleware, max_body_bytes=settings.max_body_bytes, metrics=metrics)
+    return app
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    app.add_exception_handler(ServiceError, on_service_error)
+    app.add_exception_handler(HTTPException, on_http_exception)
+    app.add_exception_handler(RequestValidationError, on_validation_error)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+    app.add_exception_handler(Exception, on_crash)
+
+
+async def _on_disconnect(_request: Request, _error: Exception) -> Response:
+    """Nobody reads this; 499 is what access logs call it."""
+    return Response(status_code=499)

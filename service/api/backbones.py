@@ -1,0 +1,76 @@
+"""`GET /backbones`, `GET /backbones/{type}`, `POST /backbones/inspect`: what can be asked for."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service.api.bodies import read_json_object
+from service.api.openapi import INSPECT_OPERATION, JSON_REPLY
+from service.api.reply import json_reply
+from service.api.state import client, engine_of, while_connected
+from service.errors import InvalidConfig
+from service.runtime.inspect import inspection, list_types, type_page
+from service.runtime.plan import Planner
+
+router = APIRouter(tags=["backbones"], dependencies=[Depends(client)])
+MAX_PAGE = 2000
+MAX_SIDE = 8192
+
+
+@router.get("/backbones", summary="List the backbone types", responses=JSON_REPLY, response_class=Response)
+async def get_backbones(
+    request: Request,
+    scope: Annotated[
+        str, Query(max_length=64, description="only this scope: mmpretrain, timm, torchvision, …")
+    ] = "",
+    search: Annotated[
+        str, Query(max_length=128, description="words that the name or summary must contain")
+    ] = "",
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="types a page")] = 100,
+    cursor: Annotated[str, Query(max_length=128, description="`next` of the page before")] = "",
+) -> Response:
+    """The types in the order of their names, a page at a time."""
+    return json_reply(list_types(engine_of(request).planner, scope, search, limit, cursor))
+
+
+@router.get(
+    "/backbones/{type}", summary="Describe one backbone type", responses=JSON_REPLY, response_class=Response
+)
+async def get_backbone(request: Request, type: str) -> Response:
+    """The JSON Schema of its parameters, its named architectures, its indices, and an example config."""
+    engine = engine_of(request)
+    return json_reply(await engine.planning(type_page, engine.planner, type))
+
+
+@router.post(
+    "/backbones/inspect",
+    summary="Describe what a config would build",
+    openapi_extra=INSPECT_OPERATION,
+    responses=JSON_REPLY,
+    response_class=Response,
+)
+async def post_inspect(request: Request) -> Response:
+    """Levels, parameters, bytes and frozen names of a config; no weights are made and no image is needed."""
+    body = await read_json_object(request, ("backbone", "neck", "input_size"), required="backbone")
+    size = _input_size(body.get("input_size"))
+    engine = engine_of(request)
+    found = engine.planning(_inspected, engine.planner, body["backbone"], body.get("neck"), size)
+    return json_reply(await while_connected(request, found))
+
+
+def _inspected(planner: Planner, backbone: Any, neck: Any, size: tuple[int, int] | None) -> dict[str, Any]:
+    return inspection(planner, planner.plan(backbone, neck), size)
+
+
+def _input_size(raw: Any) -> tuple[int, int] | None:
+    if raw is None:
+        return None
+    size = [raw, raw] if isinstance(raw, int) else raw
+    sound = isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size)
+    if not sound or not all(1 <= side <= MAX_SIDE for side in size):
+        raise InvalidConfig("#/input_size", f"must be [height, width] in pixels, each 1 to {MAX_SIDE}")
+    return size[0], size[1]

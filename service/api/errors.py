@@ -1,0 +1,128 @@
+"""Errors on the wire: RFC 9457 problem details, and the one table from error class to HTTP status."""
+
+from __future__ import annotations
+
+import http
+import logging
+import math
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service import errors
+
+PROBLEM_JSON = "application/problem+json"
+log = logging.getLogger("service.errors")
+
+STATUS: Mapping[type[errors.ServiceError], int] = {
+    errors.MalformedBody: 400,
+    errors.UndecodableImage: 400,
+    errors.Unauthenticated: 401,
+    errors.Forbidden: 403,
+    errors.NotFound: 404,
+    errors.NotAcceptable: 406,
+    errors.TooLarge: 413,
+    errors.UnsupportedMedia: 415,
+    errors.InvalidConfig: 422,
+    errors.NonFiniteLevel: 422,
+    errors.QuotaExceeded: 429,
+    errors.RemoteFailed: 502,
+    errors.Unavailable: 503,
+    errors.RemoteTimeout: 504,
+    errors.DeadlineExceeded: 504,
+}
+
+
+def status_of(error: errors.ServiceError) -> int:
+    """The status of an error: that of its nearest ancestor in the table."""
+    return next(STATUS[cls] for cls in type(error).__mro__ if cls in STATUS)
+
+
+def problem_type(error_class: type[errors.ServiceError]) -> str:
+    """A stable relative URI for an error class: `/problems/queue-full`; `docs/errors.md` explains each."""
+    name = "".join(f"-{letter.lower()}" if letter.isupper() else letter for letter in error_class.__name__)
+    return f"/problems/{name.lstrip('-')}"
+
+
+def problem_response(error: errors.ServiceError, request_id: str) -> Response:
+    """The reply to a request that failed on purpose."""
+    body: dict[str, Any] = {
+        "type": problem_type(type(error)),
+        "title": error.title,
+        "status": status_of(error),
+        "detail": error.detail,
+        "request_id": request_id,
+    }
+    if error.faults:
+        body["errors"] = [{"pointer": fault.pointer, "detail": fault.detail} for fault in error.faults]
+    for key in ("missing", "unexpected", "wrong_shape", "nearest"):
+        if names := getattr(error, key, ()):
+            body[key] = list(names[:200])
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if isinstance(error, errors.Unauthenticated):
+        headers["WWW-Authenticate"] = "Bearer"
+    return Response(orjson.dumps(body), body["status"], headers, PROBLEM_JSON)
+
+
+def plain_problem(
+    status: int, detail: str, request_id: str, headers: Mapping[str, str] | None = None
+) -> Response:
+    """A problem without a class of its own (`about:blank`, RFC 9457 section 4.2.1)."""
+    title = http.HTTPStatus(status).phrase
+    body = {
+        "type": "about:blank",
+        "title": title,
+        "status": status,
+        "detail": detail,
+        "request_id": request_id,
+    }
+    return Response(orjson.dumps(body), status, dict(headers or {}), PROBLEM_JSON)
+
+
+def request_id_of(request: Request) -> str:
+    """The id that the middleware gave the request."""
+    return str(request.scope.get("request_id") or secrets.token_hex(8))
+
+
+async def on_service_error(request: Request, error: Exception) -> Response:
+    """Answer an error of our own tree."""
+    assert isinstance(error, errors.ServiceError)
+    return problem_response(error, request_id_of(request))
+
+
+async def on_http_exception(request: Request, error: Exception) -> Response:
+    """Answer what the framework refuses: no such route, wrong method."""
+    assert isinstance(error, HTTPException)
+    details = {
+        404: f"no route {request.method} {request.url.path[:200]}",
+        405: f"{request.method} is not served here",
+    }
+    detail = details.get(error.status_code, str(error.detail))
+    return plain_problem(error.status_code, detail, request_id_of(request), error.headers)
+
+
+async def on_validation_error(request: Request, error: Exception) -> Response:
+    """Answer a query or body that FastAPI refuses, without repeating the client's input."""
+    assert isinstance(error, RequestValidationError)
+    faults = [
+        errors.Fault("#/" + "/".join(str(part) for part in item["loc"]), item["msg"])
+        for item in error.errors()
+    ]
+    refused = errors.InvalidConfig(faults[0].pointer, faults[0].detail, *faults[1:20])
+    return problem_response(refused, request_id_of(request))
+
+
+async def on_crash(request: Request, error: Exception) -> Response:
+    """Answer a bug: nothing of it reaches the client but the id to find it in the log."""
+    log.error("request %s crashed", request_id_of(request), exc_info=error)
+    return plain_problem(
+        500, "the service failed; the request id finds the reason in its log", request_id_of(request)
+    )

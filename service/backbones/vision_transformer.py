@@ -1,0 +1,625 @@
+"""VisionTransformer (Dosovitskiy et al., arXiv:2010.11929) with mmpretrain's key names.
+
+One network gives every output that a config may ask of a layer: its nodes are `11.raw`, `11.cls_token`,
+`11.featmap` and, where the network has the norm for it, `11.avg_featmap`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+from torch import Tensor, nn
+
+from service.backbones import building
+from service.backbones.base import Backbone, BackboneConfig, Family, Indices, levels_by_index
+from service.backbones.freezing import freeze_report
+from service.backbones.norms import NORMS, LayerNormConfig, NormSpec, make_norm
+from service.checkpoints.load import load_strict
+from service.config.spec import (
+    Description,
+    FeatureInfo,
+    Freeze,
+    FreezeReport,
+    Layout,
+    Level,
+    LoadedKeys,
+    PreprocessDefaults,
+    WeightsRef,
+)
+from service.errors import InvalidConfig, TooLarge
+
+if TYPE_CHECKING:
+    from service.checkpoints.read import StateDict
+
+MAX_PATCHES = 16_384  # 2048 px in patches of 16
+OutType = Literal["raw", "cls_token", "featmap", "avg_featmap"]
+Activation = Literal["gelu", "quick_gelu"]
+Interpolation = Literal["bicubic", "bilinear"]
+LAYOUTS: dict[OutType, Layout] = {"raw": "NLC", "cls_token": "NC", "featmap": "NCHW", "avg_featmap": "NC"}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Widths of a transformer; `hidden` is the inner width of its feed-forward network."""
+
+    width: int
+    layers: int
+    heads: int
+    hidden: int
+
+
+SIZES: dict[str, Size] = {
+    name: size
+    for names, size in (
+        (("s", "small"), Size(768, 8, 8, 2304)),
+        (("b", "base", "deit-b", "deit-base"), Size(768, 12, 12, 3072)),
+        (("l", "large"), Size(1024, 24, 16, 4096)),
+        (("h", "huge"), Size(1280, 32, 16, 5120)),
+        (("eva-g", "eva-giant"), Size(1408, 40, 16, 6144)),
+        (("deit-t", "deit-tiny"), Size(192, 12, 3, 768)),
+        (("deit-s", "deit-small", "dinov2-s", "dinov2-small"), Size(384, 12, 6, 1536)),
+        (("dinov2-g", "dinov2-giant"), Size(1536, 40, 24, 6144)),
+    )
+    for name in names
+}
+
+
+@dataclass(frozen=True)
+class VisionTransformerSpec:
+    """What decides a VisionTransformer's numbers and the names of its weights.
+
+    `grid` is [rows, columns] of the patches that `pos_embed` is made for. `average_norm` is the norm that
+    only `avg_featmap` has. `layer_scale` is the initial factor of the residual branches, 0 for none.
+    """
+
+    size: Size
+    grid: tuple[int, int]
+    patch_size: int = 16
+    in_channels: int = 3
+    patch_bias: bool = True
+    qkv_bias: bool = True
+    with_cls_token: bool = True
+    norm: NormSpec = NormSpec("ln", 1e-6)  # noqa: RUF009 - frozen
+    pre_norm: bool = False
+    final_norm: bool = True
+    average_norm: bool = False
+    layer_scale: float = 0.0
+    activation: Activation = "gelu"
+    swiglu: bool = False
+    interpolation: Interpolation = "bicubic"
+
+    @property
+    def extra_tokens(self) -> int:
+        """Tokens before those of the patches."""
+        return int(self.with_cls_token)
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """[height, width] in pixels of the images that `pos_embed` is made for."""
+        return self.grid[0] * self.patch_size, self.grid[1] * self.patch_size
+
+    @property
+    def tokens(self) -> int:
+        """Length of `pos_embed`."""
+        return self.extra_tokens + self.grid[0] * self.grid[1]
+
+    def out_types(self) -> tuple[OutType, ...]:
+        """The outputs of every layer."""
+        types: list[OutType] = ["raw"]
+        types += ["cls_token"] if self.with_cls_token else []
+        types += ["featmap"]
+        types += ["avg_featmap"] if self.average_norm else []
+        return tuple(types)
+
+    def features(self) -> tuple[FeatureInfo, ...]:
+        """Every output of every layer; only the maps have a stride."""
+        return tuple(
+            FeatureInfo(layer, f"{layer}.{kind}", self.size.width, self._stride(kind), LAYOUTS[kind])
+            for layer in range(self.size.layers)
+            for kind in self.out_types()
+        )
+
+    def _stride(self, kind: OutType) -> int | None:
+        return self.patch_size if kind == "featmap" else None
+
+
+def quick_gelu(tokens: Tensor) -> Tensor:
+    """CLIP's approximation of GELU: x * sigmoid(1.702 x)."""
+    return tokens * torch.sigmoid(1.702 * tokens)
+
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+
+
+class LayerScale(nn.Module):
+    """A learnt factor a channel (Touvron et al., arXiv:2103.17239)."""
+
+    def __init__(self, width: int, initial: float) -> None:
+        super().__init__()
+        self.initial = initial
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[..., c] to the same shape."""
+        return tokens * self.weight
+
+
+def _layer_scale(spec: VisionTransformerSpec) -> nn.Module:
+    return LayerScale(spec.size.width, spec.layer_scale) if spec.layer_scale > 0 else nn.Identity()
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; keys `qkv`, `proj`, `gamma1.weight`."""
+
+    def __init__(self, spec: VisionTransformerSpec) -> None:
+        super().__init__()
+        width = spec.size.width
+        self.heads = spec.size.heads
+        self.qkv = nn.Linear(width, 3 * width, bias=spec.qkv_bias)
+        self.proj = nn.Linear(width, width)
+        self.gamma1 = _layer_scale(spec)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[n, l, c] to [n, l, c]."""
+        n, length, width = tokens.shape
+        qkv = self.qkv(tokens).reshape(n, length, 3, self.heads, width // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        projected: Tensor = self.gamma1(self.proj(mixed.transpose(1, 2).reshape(n, length, width)))
+        return projected
+
+
+class FeedForward(nn.Module):
+    """Two linear layers; keys `layers.0.0`, `layers.1`, `gamma2.weight`."""
+
+    def __init__(self, spec: VisionTransformerSpec) -> None:
+        super().__init__()
+        width, hidden = spec.size.width, spec.size.hidden
+        # mmcv nests the first layer with its activation and dropout.
+        self.layers = nn.Sequential(nn.Sequential(nn.Linear(width, hidden)), nn.Linear(hidden, width))
+        self.gamma2 = _layer_scale(spec)
+        self.activation = ACTIVATIONS[spec.activation]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[n, l, c] to [n, l, c]."""
+        wide = self.activation(self.layers[0](tokens))
+        projected: Tensor = self.gamma2(self.layers[1](wide))
+        return projected
+
+
+class SwiGLU(nn.Module):
+    """SiLU-gated feed-forward (Shazeer, arXiv:2002.05202); keys `w12`, `w3`, `gamma2.weight`.
+
+    The inner width is two thirds of the configured one, rounded up to a multiple of 8.
+    """
+
+    def __init__(self, spec: VisionTransformerSpec) -> None:
+        super().__init__()
+        width = spec.size.width
+        hidden = (int(spec.size.hidden * 2 / 3) + 7) // 8 * 8
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+        self.gamma2 = _layer_scale(spec)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[n, l, c] to [n, l, c]."""
+        gate, value = self.w12(tokens).chunk(2, dim=-1)
+        projected: Tensor = self.gamma2(self.w3(F.silu(gate) * value))
+        return projected
+
+
+class TransformerLayer(nn.Module):
+    """Pre-norm attention and feed-forward, each with a residual."""
+
+    def __init__(self, spec: VisionTransformerSpec) -> None:
+        super().__init__()
+        self.ln1 = make_norm(spec.norm, spec.size.width)
+        self.attn = Attention(spec)
+        self.ln2 = make_norm(spec.norm, spec.size.width)
+        self.ffn = SwiGLU(spec) if spec.swiglu else FeedForward(spec)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[n, l, c] to [n, l, c]."""
+        tokens = tokens + self.attn(self.ln1(tokens))
+        mixed: Tensor = tokens + self.ffn(self.ln2(tokens))
+        return mixed
+
+
+class PatchEmbed(nn.Module):
+    """Cuts an image into patches and projects each; pads right and bottom to whole patches."""
+
+    def __init__(self, spec: VisionTransformerSpec) -> None:
+        super().__init__()
+        self.patch_size = spec.patch_size
+        self.projection = nn.Conv2d(
+            spec.in_channels, spec.size.width, spec.patch_size, stride=spec.patch_size, bias=spec.patch_bias
+        )
+
+    def forward(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """[n, c, h, w] to tokens [n, rows * columns, width] and (rows, columns).
+
+        Raises:
+            TooLarge: more than 16384 patches.
+        """
+        height, width = images.shape[-2:]
+        self._refuse_too_many(math.ceil(height / self.patch_size) * math.ceil(width / self.patch_size))
+        padded = F.pad(images, (0, -width % self.patch_size, 0, -height % self.patch_size))
+        maps = self.projection(padded)
+        return maps.flatten(2).transpose(1, 2), (maps.shape[2], maps.shape[3])
+
+    def _refuse_too_many(self, patches: int) -> None:
+        """Attention grows with the square of the patches: an unbounded image would hold the device for hours."""
+        if patches > MAX_PATCHES:
+            raise TooLarge(f"{patches} patches of {self.patch_size} px; the limit is {MAX_PATCHES}")
+
+
+def resize_pos_embed(
+    pos_embed: Tensor, source: tuple[int, int], target: tuple[int, int], extra: int, mode: Interpolation
+) -> Tensor:
+    """Position embeddings of another grid of patches.
+
+    Args:
+        pos_embed: [1, extra + rows * columns, c].
+        source: its (rows, columns).
+        target: the (rows, columns) wanted.
+        extra: tokens before the grid, kept as they are.
+        mode: interpolated with `align_corners=False` and no antialiasing, as mmpretrain does.
+    """
+    if source == target:
+        return pos_embed
+    grid = pos_embed[:, extra:].reshape(1, *source, -1).permute(0, 3, 1, 2)
+    resized = F.interpolate(grid.float(), size=target, mode=mode, align_corners=False)
+    return torch.cat([pos_embed[:, :extra], resized.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1)
+
+
+class VisionTransformer(Backbone):
+    """A VisionTransformer whose state dict has mmpretrain's keys."""
+
+    def __init__(self, spec: VisionTransformerSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.features = spec.features()
+        width = spec.size.width
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if spec.with_cls_token else None
+        self.pos_embed = nn.Parameter(torch.empty(1, spec.tokens, width))
+        self.patch_embed = PatchEmbed(spec)
+        self.layers = nn.ModuleList(TransformerLayer(spec) for _ in range(spec.size.layers))
+        self.pre_norm = self._norm(spec.pre_norm)
+        self.ln1 = self._norm(spec.final_norm)
+        self.ln2 = self._norm(spec.average_norm)
+
+    def _norm(self, wanted: bool) -> nn.Module:
+        return make_norm(self.spec.norm, self.spec.size.width) if wanted else nn.Identity()
+
+    def forward(self, images: Tensor, nodes: Sequence[str]) -> dict[str, Tensor]:
+        """The outputs in `nodes`; stops after the deepest layer asked for."""
+        tokens, grid = self._embed(images)
+        wanted = [(node, *_parse_node(node)) for node in nodes]
+        found = {}
+        for index in range(max(index for _, index, _ in wanted) + 1):
+            tokens = self.layers[index](tokens)
+            # The final norm belongs to the last layer only: earlier outputs are not normalised.
+            last = index == len(self.layers) - 1
+            output = self.ln1(tokens) if last else tokens
+            for node, asked, kind in wanted:
+                if asked == index:
+                    found[node] = self._output(output, grid, kind)
+        return {node: found[node] for node in nodes}
+
+    def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Tokens with their positions, [n, extra + rows * columns, c], and (rows, columns)."""
+        spec = self.spec
+        tokens, grid = self.patch_embed(images)
+        if self.cls_token is not None:
+            tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+        positions = resize_pos_embed(self.pos_embed, spec.grid, grid, spec.extra_tokens, spec.interpolation)
+        return self.pre_norm(tokens + positions), grid
+
+    def _output(self, tokens: Tensor, grid: tuple[int, int], kind: str) -> Tensor:
+        if kind == "raw":
+            return tokens
+        if kind == "cls_token":
+            return tokens[:, 0]
+        patches = tokens[:, self.spec.extra_tokens :]
+        if kind == "featmap":
+            return patches.transpose(1, 2).reshape(-1, self.spec.size.width, *grid)
+        averaged: Tensor = self.ln2(patches.mean(dim=1))
+        return averaged
+
+    def frozen(self, freeze: Freeze) -> FreezeReport:
+        """mmpretrain's rule: k >= 1 is the embeddings and k layers, at full depth also the last norms.
+
+        The norms stay in train mode, as they do there.
+        """
+        stages = freeze.stages or 0
+        names = ["cls_token", "pos_embed", "patch_embed", "pre_norm"] if stages > 0 else []
+        names += [f"layers.{index}" for index in range(stages)]
+        names += ["ln1", "ln2"] if stages == len(self.layers) else []
+        return freeze_report(self, freeze, names, norms_follow=False)
+
+
+def _parse_node(node: str) -> tuple[int, str]:
+    index, _, kind = node.partition(".")
+    return int(index), kind
+
+
+def initialise(network: VisionTransformer) -> None:
+    """Truncated normal: 0.02 for linear layers and positions, LeCun's for patches; 1 and 0 for norms."""
+    for module in network.modules():
+        if isinstance(module, NORMS):
+            module.reset_parameters()
+        elif isinstance(module, LayerScale):
+            nn.init.constant_(module.weight, module.initial)
+        elif isinstance(module, (nn.Linear, nn.Conv2d)):
+            _initialise_weight(module)
+    nn.init.trunc_normal_(network.pos_embed, std=0.02)
+    if network.cls_token is not None:
+        nn.init.zeros_(network.cls_token)
+
+
+def _initialise_weight(module: nn.Linear | nn.Conv2d) -> None:
+    std = 0.02 if isinstance(module, nn.Linear) else math.prod(module.weight.shape[1:]) ** -0.5
+    nn.init.trunc_normal_(module.weight, std=std)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def fit_pos_embed(state: StateDict, spec: VisionTransformerSpec) -> StateDict:
+    """`state` with its `pos_embed` made to fit, as mmpretrain does at load, under whatever prefix.
+
+    Without a class token, a file that has one loses its first position. A square grid of another size is
+    resized. What still does not fit is left for the strict load to refuse.
+    """
+    return {
+        name: _fitted(tensor, spec) if name.rpartition(".")[2] == "pos_embed" else tensor
+        for name, tensor in state.items()
+    }
+
+
+def _fitted(pos_embed: Tensor, spec: VisionTransformerSpec) -> Tensor:
+    if pos_embed.ndim != 3 or pos_embed.shape[0] != 1 or pos_embed.shape[2] != spec.size.width:
+        return pos_embed
+    length = pos_embed.shape[1]
+    if not spec.with_cls_token and (length == spec.tokens + 1 or _is_square(length - 1)):
+        pos_embed, length = pos_embed[:, 1:], length - 1
+    patches = length - spec.extra_tokens
+    if length == spec.tokens or not _is_square(patches):
+        return pos_embed
+    side = math.isqrt(patches)
+    return resize_pos_embed(pos_embed, (side, side), spec.grid, spec.extra_tokens, spec.interpolation)
+
+
+def _is_square(number: int) -> bool:
+    return number > 0 and math.isqrt(number) ** 2 == number
+
+
+# --- mmpretrain.VisionTransformer = mmcls.VisionTransformer ---------------------------------------
+
+Pixels = Annotated[int, Field(strict=True, ge=1, le=4096)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+FEED_FORWARDS = {"origin": False, "swiglu_fused": True}
+GELUS: dict[str, Activation] = {
+    "GELU": "gelu",
+    "QuickGELU": "quick_gelu",
+    "mmpretrain.QuickGELU": "quick_gelu",
+    "mmcls.QuickGELU": "quick_gelu",
+}
+# What `output_cls_token` of mmcls 0.x returns for an index, as (suffix of the level's name, node).
+WITH_CLS_TOKEN: tuple[tuple[str, OutType], ...] = (("", "featmap"), (".cls", "cls_token"))
+
+
+class ArchConfig(BaseModel):
+    """An `arch` spelled out."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    embed_dims: Annotated[int, Field(strict=True, ge=1, le=4096)]
+    num_layers: Annotated[int, Field(strict=True, ge=1, le=64)]
+    num_heads: Annotated[int, Field(strict=True, ge=1, le=64)]
+    feedforward_channels: Annotated[int, Field(strict=True, ge=1, le=16384)]
+
+    def size(self) -> Size:
+        """The neutral spelling."""
+        return Size(self.embed_dims, self.num_layers, self.num_heads, self.feedforward_channels)
+
+
+class PatchConfig(BaseModel):
+    """What `patch_cfg` may change of the patch embedding."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bias: bool | None = None
+    conv_type: Literal["Conv2d"] = "Conv2d"
+
+
+class ActivationConfig(BaseModel):
+    """OpenMMLab's `act_cfg`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    type: Literal["GELU", "QuickGELU", "mmpretrain.QuickGELU", "mmcls.QuickGELU"]
+
+
+class LayerConfig(BaseModel):
+    """What `layer_cfgs` may change of every layer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    act_cfg: ActivationConfig = ActivationConfig(type="GELU")
+    ffn_type: Literal["origin", "swiglu_fused"] = "origin"
+
+
+def _known_arch(value: Any) -> Any:
+    """Names are matched in lower case, as the library does; an unknown one lists those known."""
+    if not isinstance(value, str):
+        return value
+    if value.lower() not in SIZES:
+        raise ValueError(f"is not one of {', '.join(SIZES)}, nor an object")
+    return value.lower()
+
+
+class VisionTransformerConfig(BackboneConfig):
+    """`mmpretrain.VisionTransformer`, which is also `mmcls.VisionTransformer`.
+
+    mmcls 0.x had `output_cls_token` (true by default) where mmpretrain has `out_type` (`cls_token` by
+    default); both are understood in both scopes, with the default of the scope that was written.
+    """
+
+    TYPE: ClassVar[str] = "mmpretrain.VisionTransformer"
+
+    arch: Annotated[
+        str | ArchConfig, BeforeValidator(_known_arch), Field(json_schema_extra={"examples": list(SIZES)})
+    ] = "base"
+    img_size: Pixels | tuple[Pixels, Pixels] = Field(
+        224, description="Image size that the position embeddings are for; images of any size are taken."
+    )
+    patch_size: Annotated[int, Field(strict=True, ge=1, le=256)] = 16
+    in_channels: Annotated[int, Field(strict=True, ge=1, le=64)] = 3
+    out_indices: Indices = Field((-1,), description="Layers from 0; negative ones count from the end.")
+    drop_rate: Rate = Field(0.0, description="Training only; changes nothing here.")
+    drop_path_rate: Rate = Field(0.0, description="Training only; changes nothing here.")
+    qkv_bias: bool = True
+    norm_cfg: LayerNormConfig = LayerNormConfig(type="LN", eps=1e-6)
+    final_norm: bool = True
+    out_type: OutType | None = Field(None, description="null is cls_token.")
+    output_cls_token: bool | None = Field(
+        None,
+        description="mmcls 0.x: true returns a map and its class token, false the map. True for mmcls types.",
+    )
+    with_cls_token: bool = True
+    frozen_stages: Annotated[int, Field(strict=True, ge=-1, le=64)] = Field(
+        -1, description="k >= 1 freezes the embeddings and k layers."
+    )
+    interpolate_mode: Interpolation = "bicubic"
+    layer_scale_init_value: Annotated[float, Field(ge=0, le=100)] = 0.0
+    patch_cfg: PatchConfig = PatchConfig()
+    layer_cfgs: LayerConfig = LayerConfig()
+    pre_norm: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_of_scope(cls, raw: Any, info: ValidationInfo) -> Any:
+        scope = (info.context or {}).get("scope")
+        if scope != "mmcls" or not isinstance(raw, Mapping):
+            return raw
+        unsaid = raw.get("out_type") is None and raw.get("output_cls_token") is None
+        return {**raw, "output_cls_token": True} if unsaid else raw
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        for pointer, detail in self._faults():
+            raise InvalidConfig(f"#/backbone/{pointer}", detail)
+        return self
+
+    def _faults(self) -> Iterator[tuple[str, str]]:
+        """What each key allows alone but the network does not, as (key, detail)."""
+        if self.out_type is not None and self.output_cls_token is not None:
+            yield "output_cls_token", "is mmcls's older spelling of out_type; give one of them"
+        if not self.with_cls_token and "cls_token" in dict(self.outputs()).values():
+            key = "out_type" if self.output_cls_token is None else "output_cls_token"
+            yield key, f"{key} that returns the class token needs with_cls_token"
+        spec = self.spec()
+        if spec.size.width % spec.size.heads:
+            yield "arch/num_heads", f"{spec.size.heads} heads do not divide {spec.size.width} embed_dims"
+        if self.frozen_stages > spec.size.layers:
+            yield "frozen_stages", f"{self.frozen_stages} is more than the {spec.size.layers} layers"
+        patches = spec.grid[0] * spec.grid[1]
+        if patches > MAX_PATCHES:
+            yield "img_size", f"{patches} patches of {self.patch_size} px; the limit is {MAX_PATCHES}"
+
+    def outputs(self) -> tuple[tuple[str, OutType], ...]:
+        """What each index returns, as (suffix of the level's name, kind of node)."""
+        if self.output_cls_token is not None:
+            return WITH_CLS_TOKEN if self.output_cls_token else (("", "featmap"),)
+        return (("", self.out_type or "cls_token"),)
+
+    def image_size(self) -> tuple[int, int]:
+        """[height, width] of `img_size`."""
+        return self.img_size if isinstance(self.img_size, tuple) else (self.img_size, self.img_size)
+
+    def spec(self) -> VisionTransformerSpec:
+        """The neutral spelling."""
+        height, width = self.image_size()
+        bias = self.patch_cfg.bias
+        return VisionTransformerSpec(
+            size=SIZES[self.arch] if isinstance(self.arch, str) else self.arch.size(),
+            grid=(math.ceil(height / self.patch_size), math.ceil(width / self.patch_size)),
+            patch_size=self.patch_size,
+            in_channels=self.in_channels,
+            patch_bias=bias if bias is not None else not self.pre_norm,
+            qkv_bias=self.qkv_bias,
+            with_cls_token=self.with_cls_token,
+            norm=NormSpec("ln", self.norm_cfg.eps),
+            pre_norm=self.pre_norm,
+            final_norm=self.final_norm,
+            average_norm=self.out_type == "avg_featmap",
+            layer_scale=self.layer_scale_init_value,
+            activation=GELUS[self.layer_cfgs.act_cfg.type],
+            swiglu=FEED_FORWARDS[self.layer_cfgs.ffn_type],
+            interpolation=self.interpolate_mode,
+        )
+
+    def architecture(self) -> dict[str, Any]:
+        """The neutral spelling, so that what only training or the reply reads makes no second model."""
+        return {"type": self.TYPE, **asdict(self.spec())}
+
+    def freeze(self) -> Freeze:
+        """mmpretrain's `frozen_stages` and `norm_cfg.requires_grad`."""
+        stages = self.frozen_stages if self.frozen_stages >= 0 else None
+        return Freeze(stages, all_norms=not self.norm_cfg.requires_grad)
+
+    def selected(self, description: Description) -> tuple[Level, ...]:
+        """The levels of `out_indices`: one an index, or a map and its class token."""
+        return tuple(
+            Level(level.index, f"{level.index}{suffix}", f"{level.index}.{kind}")
+            for level in levels_by_index(self.out_indices, description.features)
+            for suffix, kind in self.outputs()
+        )
+
+
+def _describe(config: VisionTransformerConfig) -> Description:
+    spec = config.spec()
+    return building.describe(
+        lambda: VisionTransformer(spec),
+        in_channels=spec.in_channels,
+        input_defaults=PreprocessDefaults(size=spec.native_size),
+    )
+
+
+def _build(config: VisionTransformerConfig) -> VisionTransformer:
+    spec = config.spec()
+    network = building.unset(lambda: VisionTransformer(spec))
+    initialise(network)
+    return network
+
+
+def _load(
+    config: VisionTransformerConfig, state: StateDict, ref: WeightsRef
+) -> tuple[VisionTransformer, LoadedKeys]:
+    spec = config.spec()
+    network = building.unset(lambda: VisionTransformer(spec))
+    return network, load_strict(network, fit_pos_embed(state, spec), ref)
+
+
+def _example(type_name: str) -> Mapping[str, Any]:
+    return {"type": type_name, "arch": "deit-small", "out_type": "featmap", "out_indices": [2, 5, 8, 11]}
+
+
+def _architectures(type_name: str) -> Sequence[str]:  # noqa: ARG001 - the same for every spelling
+    return tuple(SIZES)
+
+
+VISION_TRANSFORMER = Family(
+    config=VisionTransformerConfig,
+    describe=_describe,
+    build=_build,
+    load=_load,
+    example=_example,
+    architectures=_architectures,
+)

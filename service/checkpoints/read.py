@@ -1,0 +1,103 @@
+"""Read a checkpoint file into tensors, never running code from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from service.checkpoints.pickles import DamagedPickleError, ForeignObjectError
+from service.checkpoints.torch_files import DTYPES, TensorRecord, read_torch_file
+from service.errors import CheckpointUnavailable, CheckpointUnreadable
+
+StateDict = dict[str, Tensor]
+
+# Where the libraries put the state dict: OpenMMLab and Lightning, detectron2 and timm's papers, pycls,
+# others.
+WRAPPERS: Final = ("state_dict", "model", "model_state", "model_state_dict")
+DATA_PARALLEL: Final = "module."
+MAX_WRAPPERS: Final = 2
+
+
+def read_checkpoint(path: Path, *, pointer: str) -> StateDict:
+    """The tensors of a file, on the CPU and of the dtype they have in it, by their names.
+
+    They are views of the mapped file: replace a checkpoint by renaming, never by writing into it. A state
+    dict is taken out of `state_dict`, `model`, `model_state` or `model_state_dict`, or is the file itself;
+    what is not a tensor is left out, and a leading `module.` (data parallel training) is taken off.
+
+    Raises:
+        CheckpointUnreadable: not a file of dense real tensors; nothing that it names has been run.
+        CheckpointUnavailable: the file went away.
+    """
+    reader = _READERS.get(path.suffix.lower(), _read_torch)
+    try:
+        state = reader(path)
+    except DamagedPickleError as error:
+        detail = f"is not a whole checkpoint file: {error}"
+        raise CheckpointUnreadable(pointer, detail) from error
+    except ForeignObjectError as error:
+        raise CheckpointUnreadable(pointer, error.what) from error
+    except OSError as error:
+        raise CheckpointUnavailable(pointer, "the checkpoint file can no longer be read") from error
+    if not state:
+        raise CheckpointUnreadable(pointer, "no state_dict found: the file holds no named tensors")
+    return _without_data_parallel(state)
+
+
+def _read_safetensors(path: Path) -> StateDict:
+    try:
+        state: StateDict = load_file(path)
+    except SafetensorError as error:  # its text is of offsets in the header
+        raise DamagedPickleError("its safetensors header and its data do not agree") from error
+    for tensor in state.values():
+        if str(tensor.dtype) not in DTYPES:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ForeignObjectError(f"holds {kind} tensors, which no backbone here has")
+    return state
+
+
+def _read_torch(path: Path) -> StateDict:
+    file = read_torch_file(path)
+    named = _state_dict(file.root)
+    try:
+        return {name: file.storages.tensor(record) for name, record in named.items()}
+    except RuntimeError as error:  # torch's own bounds, should ours have let something through
+        raise DamagedPickleError("a tensor that torch refuses") from error
+
+
+_READERS: Final[Mapping[str, Callable[[Path], StateDict]]] = {".safetensors": _read_safetensors}
+
+
+def _state_dict(root: object) -> dict[str, TensorRecord]:
+    for _ in range(MAX_WRAPPERS):
+        if not isinstance(root, dict):
+            return {}
+        inner = next((root[key] for key in WRAPPERS if isinstance(root.get(key), dict)), None)
+        if inner is None:
+            break
+        root = inner
+    return _records(root)
+
+
+def _records(mapping: object) -> dict[str, TensorRecord]:
+    if not isinstance(mapping, dict):
+        return {}
+    return {
+        key: value
+        for key, value in mapping.items()
+        if isinstance(key, str) and isinstance(value, TensorRecord)
+    }
+
+
+def _without_data_parallel(state: StateDict) -> StateDict:
+    """Names without a leading `module.`, save where the bare name is there besides."""
+    named: StateDict = {}
+    for name, tensor in state.items():
+        bare = name.removeprefix(DATA_PARALLEL)
+        named[name if bare in state else bare] = tensor
+    return named

@@ -1,0 +1,300 @@
+"""Where a checkpoint's name leads: to one regular file, with its digest, or to an error that says why not."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from io import BufferedReader
+from pathlib import Path
+from threading import Lock
+from typing import Any, Final, Literal
+from urllib.parse import urlsplit
+
+from rapidfuzz import fuzz, process
+
+from service.checkpoints.download import Limits, Source, allowed_redirects, fetch, receipt_of
+from service.checkpoints.flights import SingleFlight
+from service.checkpoints.hub import (
+    CONFIG_FILE,
+    DEFAULT_ENDPOINT,
+    USUAL_FILES,
+    Hub,
+    hub_folder,
+    read_config,
+)
+from service.checkpoints.names import (
+    DOWNLOAD_FOLDERS,
+    EXTENSIONS,
+    HUB_SCHEME,
+    FileName,
+    HubName,
+    RefusedNameError,
+    UnknownFileError,
+    UrlName,
+    parse_name,
+    shown,
+)
+from service.config.spec import WeightsRef
+from service.errors import CheckpointUnavailable
+
+NEAREST: Final = 3
+NEAREST_SCORE: Final = 50
+MAX_LISTED: Final = 5000
+MAX_DIGESTS: Final = 4096
+
+SourceKind = Literal["checkpoint", "hub", "url"]
+Identity = tuple[str, int, int, int]
+
+
+@dataclass(frozen=True)
+class CheckpointFile:
+    """A checkpoint that can be read.
+
+    Attributes:
+        path: the file; never shown to a client.
+        sha256: of its bytes, 64 hex digits.
+        source: a file of the checkpoint directory, of the hub, or of a host.
+        name: as the client asked for it.
+        size: in bytes.
+        identity: path, inode, size and mtime in ns: changes when the file is replaced.
+    """
+
+    path: Path
+    sha256: str
+    source: SourceKind
+    name: str
+    size: int
+    identity: Identity
+
+
+class CheckpointStore:
+    """The checkpoint directory and the hosts that it may be filled from. Blocking; for worker threads.
+
+    Fetched files are kept in `hub/` and `url/` below the directory. A name that has been fetched once is not
+    asked for again, with or without a network: it stays what it is until the operator removes the file.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        hosts: frozenset[str],
+        mirrors: Mapping[str, str],
+        max_bytes: int,
+        connect_timeout_s: float,
+        download_timeout_s: float,
+        hub_endpoint: str = DEFAULT_ENDPOINT,
+    ) -> None:
+        self._directory = directory
+        self._hosts = hosts
+        self._mirrors = dict(mirrors)
+        self._limits = Limits(max_bytes, connect_timeout_s, download_timeout_s)
+        self._hub_host = urlsplit(hub_endpoint).hostname or ""
+        self._hub = Hub(self._mirrors.get(self._hub_host, hub_endpoint), hosts, self._limits)
+        self._downloads: SingleFlight[Path, Path] = SingleFlight()
+        self._digests = _Digests()
+        self._settled: dict[str, CheckpointFile] = {}
+
+    def peek(self, ref: WeightsRef) -> CheckpointFile | None:
+        """The file that `resolve` found for this name before, if it is still the same; costs one look at it."""
+        known = self._settled.get(ref.name)
+        if known is None:
+            return None
+        try:
+            unchanged = _identity(known.path, known.path.stat()) == known.identity
+        except OSError:
+            unchanged = False
+        return known if unchanged else None
+
+    def resolve(self, ref: WeightsRef) -> CheckpointFile:
+        """The file that a config's weights are in, fetched if need be.
+
+        Raises:
+            CheckpointUnavailable: no such file here or there, a host or a scheme that is not allowed.
+            RemoteFailed, RemoteTimeout: the remote source failed or was too slow.
+            Unavailable: the disk is full or cannot be written.
+        """
+        try:
+            found = self._resolved(ref.name)
+        except RefusedNameError as error:
+            raise CheckpointUnavailable(ref.pointer, error.detail) from error
+        if len(self._settled) >= MAX_DIGESTS:
+            self._settled.clear()
+        self._settled[ref.name] = found
+        return found
+
+    def hub_config(self, name: str, *, pointer: str = "#/backbone/model_name") -> dict[str, Any]:
+        """The `config.json` (at most 1 MB) of a hub repository, `hf-hub:ORGANISATION/NAME[@REVISION]`.
+
+        Raises:
+            CheckpointUnavailable, RemoteFailed, RemoteTimeout, Unavailable: as `resolve`.
+        """
+        try:
+            parsed = parse_name(name)
+            if not isinstance(parsed, HubName):
+                raise RefusedNameError(f"{shown(name)} is not a name of the hub ({HUB_SCHEME}…)")
+            return read_config(self._hub_file(parsed, CONFIG_FILE), parsed)
+        except RefusedNameError as error:
+            raise CheckpointUnavailable(pointer, error.detail) from error
+
+    def _resolved(self, name: str) -> CheckpointFile:
+        parsed = parse_name(name)
+        match parsed:
+            case FileName():
+                return self._described(self._local(parsed), "checkpoint", name)
+            case HubName():
+                return self._described(self._hub_checkpoint(parsed), "hub", name)
+            case UrlName():
+                return self._described(self._url_file(parsed), "url", name)
+
+    def _described(self, path: Path, source: SourceKind, name: str) -> CheckpointFile:
+        try:
+            sha256, identity = self._digests.of(path)
+        except OSError as error:  # removed since, or not ours to read
+            raise UnknownFileError(name) from error
+        return CheckpointFile(path, sha256, source, name, identity[2], identity)
+
+    # --- files of the directory -----------------------------------------------------------------
+
+    def _local(self, name: FileName) -> Path:
+        path = _inside(self._directory, name)
+        if path is None:
+            raise self._unknown(name.name)
+        return path
+
+    def _unknown(self, name: str) -> RefusedNameError:
+        """One text for what is outside and what is not there, so that it says nothing of the machine."""
+        found = process.extract(
+            name, _listed(self._directory), scorer=fuzz.WRatio, limit=NEAREST, score_cutoff=NEAREST_SCORE
+        )
+        nearest = ", ".join(choice for choice, _, _ in found)
+        detail = UnknownFileError(name).detail
+        return RefusedNameError(f"{detail}; nearest: {nearest}" if nearest else detail)
+
+    # --- files from elsewhere -------------------------------------------------------------------
+
+    def _hub_checkpoint(self, name: HubName) -> Path:
+        """The named file, or the usual one: a fetched one before asking which there are."""
+        if name.file is not None:
+            return self._hub_file(name, name.file)
+        self._check_host(self._hub_host)
+        folder = hub_folder(self._directory, name)
+        for file in USUAL_FILES:
+            if self._is_whole(folder / file):
+                return folder / file
+        return self._hub_file(name, self._hub.usual_file(name))
+
+    def _hub_file(self, name: HubName, file: str) -> Path:
+        self._check_host(self._hub_host)
+        target = hub_folder(self._directory, name) / file
+        return self._fetched(target, partial(self._hub.fetch, name, file, target))
+
+    def _url_file(self, name: UrlName) -> Path:
+        self._check_host(name.host)
+        target = self._directory / "url" / name.key
+        return self._fetched(target, partial(fetch, self._url_source(name), target, self._limits))
+
+    def _url_source(self, name: UrlName) -> Source:
+        base = self._mirrors.get(name.host, f"https://{name.host}").rstrip("/")
+        url = base + name.path
+        return Source(name.name, url, allowed_redirects(self._hosts, url), name.digest)
+
+    def _check_host(self, host: str) -> None:
+        if host not in self._hosts:
+            raise RefusedNameError(f"{host} is not a host that checkpoints are fetched from here")
+
+    def _fetched(self, target: Path, work: partial[None]) -> Path:
+        """The file at `target`; one thread fetches it, the others wait."""
+
+        def once() -> Path:
+            if not self._is_whole(target):
+                work()
+            return target
+
+        return self._downloads.do(target, once)
+
+    def _is_whole(self, target: Path) -> bool:
+        """Whether a fetched file still has the bytes that its receipt vouches for."""
+        promised = receipt_of(target)
+        try:
+            return bool(promised) and self._digests.of(target)[0] == promised
+        except OSError:  # gone, or not a file that can be read: to be fetched again
+            return False
+
+
+class _Digests:
+    """sha256 of files, remembered as long as path, inode, size and mtime stay."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._known: dict[Identity, str] = {}
+        self._hashing: SingleFlight[Identity, str] = SingleFlight()
+
+    def of(self, path: Path) -> tuple[str, Identity]:
+        """Digest and identity of a regular file.
+
+        Raises:
+            OSError: it cannot be read, or is not a regular file.
+        """
+        with _open_regular(path) as file:
+            identity = _identity(path, os.fstat(file.fileno()))
+            with self._lock:
+                known = self._known.get(identity)
+            return known or self._hashing.do(identity, partial(self._hash, file, identity)), identity
+
+    def _hash(self, file: BufferedReader, identity: Identity) -> str:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        with self._lock:
+            if len(self._known) >= MAX_DIGESTS:
+                self._known.clear()
+            self._known[identity] = sha256
+        return sha256
+
+
+def _open_regular(path: Path) -> BufferedReader:
+    """Open for reading; O_NONBLOCK so that a pipe put in the file's place cannot hold the thread."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def _identity(path: Path, status: os.stat_result) -> Identity:
+    return str(path), status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _inside(directory: Path, name: FileName) -> Path | None:
+    """The real path of a regular file below the directory, links followed; None for everything else."""
+    try:
+        root = directory.resolve(strict=True)
+        path = root.joinpath(*name.parts).resolve(strict=True)
+        regular = stat.S_ISREG(path.stat().st_mode)
+    except (OSError, RuntimeError):  # not there, a name too long, a loop of links
+        return None
+    return path if regular and path.is_relative_to(root) else None
+
+
+def _listed(directory: Path) -> list[str]:
+    """Names that would resolve, for the nearest ones; at most `MAX_LISTED`."""
+    names: list[str] = []
+    for name in _walked(directory):
+        names.append(name)
+        if len(names) == MAX_LISTED:
+            break
+    return names
+
+
+def _walked(directory: Path) -> Iterator[str]:
+    for folder, folders, files in os.walk(directory):
+        top = Path(folder) == directory
+        folders[:] = sorted(
+            f for f in folders if not f.startswith((".", "~")) and not (top and f in DOWNLOAD_FOLDERS)
+        )
+        for file in sorted(files):
+            if file.lower().endswith(EXTENSIONS) and not file.startswith((".", "~")):
+                yield (Path(folder) / file).relative_to(directory).as_posix()

@@ -1,0 +1,231 @@
+"""From the bytes of an image file to an upright RGB array."""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.Image import Transpose
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from service.errors import TooLarge, UndecodableImage, UnsupportedMedia
+from service.images.containers import (
+    BrokenContainer,
+    Container,
+    orientation_of,
+    read_gif,
+    read_jpeg,
+    read_plain,
+    read_tiff,
+    read_webp,
+)
+
+MAX_SIDE = 65_500  # libjpeg's own limit
+
+# What Pillow's plugins raise on corrupt files; a fuzzed file of each format is in the tests.
+_DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    AttributeError,
+    AssertionError,
+    EOFError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
+_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """One image, upright: `rgb` is uint8, [h, w, 3], C-contiguous and read-only; `format` as in `JPEG`."""
+
+    rgb: np.ndarray
+    width: int
+    height: int
+    format: str
+
+
+@dataclass(frozen=True)
+class _Format:
+    """A format that is served: how a file of it begins, what is read of it first, and who decodes it.
+
+    The plugins are called by name: `Image.open` would try one after the other, turn a JPEG with a second
+    picture into another format, and warn of large images in a process-wide way.
+    """
+
+    name: str
+    magic: re.Pattern[bytes]
+    read: Callable[[bytes], Container]
+    plugin: type[ImageFile]
+
+
+_FORMATS = (
+    _Format("JPEG", re.compile(rb"\xff\xd8\xff"), read_jpeg, JpegImageFile),
+    _Format("PNG", re.compile(rb"\x89PNG\r\n\x1a\n"), read_plain, PngImageFile),
+    _Format("WEBP", re.compile(rb"RIFF.{4}WEBP", re.DOTALL), read_webp, WebPImageFile),
+    _Format("GIF", re.compile(rb"GIF8[79]a"), read_gif, GifImageFile),
+    _Format("BMP", re.compile(rb"BM"), read_plain, BmpImageFile),
+    _Format("TIFF", re.compile(rb"II[*+]\0|MM\0[*+]"), read_tiff, TiffImageFile),
+)
+_NAMES = ", ".join(known.name for known in _FORMATS)
+_SHORTEST_HEADER = 14
+
+_CONVERTED_BY_WAY_OF = {"La": "LA", "RGBa": "RGBA"}
+_EIGHT_BIT = frozenset(("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr"))
+_SIXTEEN_BIT = frozenset(("I;16", "I;16B", "I;16L", "I;16N"))
+
+# Exif 2.32, section 4.6.4, tag 274: the turn that makes an image upright.
+_TURNS = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+
+
+def decode_image(data: bytes | memoryview, *, index: int, max_pixels: int) -> DecodedImage:
+    """Decode a JPEG, PNG, WebP, GIF (its first frame), BMP or TIFF into upright RGB.
+
+    Alpha is dropped, not blended, and palettes are looked up, as Pillow's `convert("RGB")` does and torchvision and
+    timm with it; 16-bit grey keeps its upper 8 bits; colour profiles are not applied. The Exif orientation
+    is; a broken Exif block means upright.
+
+    Args:
+        data: the file.
+        index: which image of the request it is, for the errors.
+        max_pixels: the most pixels it may have; checked before they are allocated.
+
+    Raises:
+        UndecodableImage: empty, truncated or corrupt.
+        UnsupportedMedia: another format, or pixels of 32 bits or floats.
+        TooLarge: more than `max_pixels`, or more than 65500 on a side.
+    """
+    _quiet_pillow()
+    encoded = bytes(data)
+    kind = _format_of(encoded, index)
+    container = _read_container(encoded, kind, index)
+    if container.size is not None:
+        _refuse_large(container.size, index, max_pixels)
+    image = _opened(container.data, kind, index, max_pixels)
+    _refuse_large(image.size, index, max_pixels)
+    _refuse_pixel_type(image, index)
+    rgb = _upright_rgb(image, container.exif, kind, index, max_pixels)
+    return DecodedImage(rgb, rgb.shape[1], rgb.shape[0], kind.name)
+
+
+def _format_of(data: bytes, index: int) -> _Format:
+    if not data:
+        raise UndecodableImage(f"image {index}: is empty")
+    for known in _FORMATS:
+        if known.magic.match(data):
+            if len(data) < _SHORTEST_HEADER:
+                raise _corrupt(known, index)
+            return known
+    raise UnsupportedMedia(f"image {index}: is not one of {_NAMES}")
+
+
+def _read_container(data: bytes, kind: _Format, index: int) -> Container:
+    try:
+        return kind.read(data)
+    except BrokenContainer as error:
+        raise UndecodableImage(f"image {index}: the {kind.name} {error}") from error
+
+
+def _opened(data: bytes, kind: _Format, index: int, max_pixels: int) -> ImageFile:
+    """The image with its header read and no pixels yet."""
+    try:
+        return kind.plugin(io.BytesIO(data))
+    except _BOMBS as error:
+        raise _too_many_pixels(index, max_pixels) from error
+    except _DECODER_ERRORS as error:
+        raise _corrupt(kind, index) from error
+
+
+def _upright_rgb(image: ImageFile, exif: bytes, kind: _Format, index: int, max_pixels: int) -> np.ndarray:
+    try:
+        image.load()
+        # TIFF's own orientation is no Exif block: its plugin has turned the image already.
+        turn = _TURNS.get(orientation_of(exif or _exif_of(image)))
+        rgb = _to_rgb(image)
+        return np.ascontiguousarray(np.asarray(rgb if turn is None else rgb.transpose(turn)))
+    except _BOMBS as error:
+        raise _too_many_pixels(index, max_pixels) from error
+    except _DECODER_ERRORS as error:
+        raise _corrupt(kind, index) from error
+
+
+def _exif_of(image: ImageFile) -> bytes:
+    exif = image.info.get("exif")
+    return exif if isinstance(exif, bytes) and not isinstance(image, TiffImageFile) else b""
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode in _SIXTEEN_BIT:
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in _CONVERTED_BY_WAY_OF:
+        image = image.convert(_CONVERTED_BY_WAY_OF[image.mode])
+    return image.convert("RGB")
+
+
+def _refuse_large(size: tuple[int, int], index: int, max_pixels: int) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise UndecodableImage(f"image {index}: {width}x{height} has no pixels")
+    if width * height > max_pixels:
+        raise TooLarge(f"image {index}: {width}x{height} exceeds {max_pixels / 1e6:g} megapixels")
+    if max(width, height) > MAX_SIDE:
+        raise TooLarge(f"image {index}: {width}x{height} exceeds {MAX_SIDE} pixels on a side")
+
+
+def _refuse_pixel_type(image: ImageFile, index: int) -> None:
+    if image.mode not in _EIGHT_BIT | _SIXTEEN_BIT:
+        pixels = {"I": "32-bit", "F": "floating-point"}.get(image.mode, image.mode)
+        raise UnsupportedMedia(f"image {index}: {pixels} pixels are not served; 8 and 16 bits a channel are")
+    # Pillow unpacks run-length coded BMP in Python, a byte at a time: minutes for a file of a few kB.
+    if isinstance(image, BmpImageFile) and image.info.get("compression") in (1, 2):
+        raise UnsupportedMedia(f"image {index}: run-length coded BMP is not served")
+
+
+def _corrupt(kind: _Format, index: int) -> UndecodableImage:
+    return UndecodableImage(f"image {index}: the {kind.name} is truncated or corrupt")
+
+
+def _too_many_pixels(index: int, max_pixels: int) -> TooLarge:
+    return TooLarge(f"image {index}: exceeds {max_pixels / 1e6:g} megapixels")
+
+
+_PILLOW = re.compile(r"PIL\.")
+
+
+def _quiet_pillow() -> None:
+    """Ignore what Pillow warns of in clients' metadata; what matters of it is an error here.
+
+    `warnings.catch_warnings` swaps the process's filters back and forth, which threads would tear. One filter
+    is added and stays.
+    """
+    if not any(entry[0] == "ignore" and entry[3] == _PILLOW for entry in warnings.filters):
+        warnings.filterwarnings("ignore", module=_PILLOW.pattern)

@@ -1,0 +1,50 @@
+"""Counters of one running service, in Prometheus' form. Labels never hold a client's text."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+
+
+class Metrics:
+    """One registry an app, so that two apps in one process do not share numbers."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "backbone_requests", "Requests by route and status.", ["route", "status"], registry=self.registry
+        )
+        self.request_seconds = Histogram(
+            "backbone_request_seconds",
+            "Time a request took.",
+            ["route"],
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.in_flight = Gauge(
+            "backbone_in_flight_requests", "Requests being answered.", registry=self.registry
+        )
+        self.stage_seconds = Histogram(
+            "backbone_stage_seconds",
+            "Time of each stage of /features: load, decode, queue, forward, encode.",
+            ["stage"],
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.batch_images = Histogram(
+            "backbone_batch_images", "Images in one forward pass.", buckets=SIZES, registry=self.registry
+        )
+        self.queue_images = Gauge("backbone_queue_images", "Images that wait.", registry=self.registry)
+        self.models = Gauge("backbone_models", "Models in memory.", registry=self.registry)
+        self.model_bytes = Gauge("backbone_model_bytes", "Bytes of the models.", registry=self.registry)
+        self.budget_bytes = Gauge(
+            "backbone_model_budget_bytes", "Bytes models may take.", registry=self.registry
+        )
+        self.evictions = Gauge("backbone_model_evictions", "Models evicted.", registry=self.registry)
+        self.loads = Counter("backbone_model_loads", "Loads by outcome.", ["outcome"], registry=self.registry)
+
+    def text(self) -> bytes:
+        """The Prometheus text format."""
+        return generate_latest(self.registry)

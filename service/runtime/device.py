@@ -1,0 +1,85 @@
+"""The device that models run on, and how much of its memory they may take."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
+# glibc's mallopt parameters (malloc.h): tensors beyond the threshold are mapped, so that freeing returns them.
+M_MMAP_THRESHOLD = -3
+MMAP_THRESHOLD_BYTES = 256 * 1024
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that `name` means; `auto` is CUDA if there is one, then MPS, then the CPU.
+
+    Raises:
+        ValueError: a device that this machine has not. There is no fallback.
+    """
+    if name == "auto":
+        return torch.device(_best())
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name} is not there: {torch.cuda.device_count()} CUDA devices found")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device mps is not there")
+    return device
+
+
+def _best() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that are free on the device now; on a CPU within the container's own limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    available = int(psutil.virtual_memory().available)
+    limit = _read_bytes(CGROUP_LIMIT)
+    return available if limit is None else min(available, limit - (_read_bytes(CGROUP_USED) or 0))
+
+
+def _read_bytes(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None  # "max" is no limit
+
+
+def budget_bytes(setting: str, device: torch.device) -> int:
+    """What `BACKBONE_MODEL_BUDGET` means on this device: plain bytes, or percent of what is free now."""
+    if setting.endswith("%"):
+        return int(free_bytes(device) * float(setting[:-1]) / 100)
+    return int(setting)
+
+
+def keep_freed_memory_returnable() -> None:
+    """Make the C library map large blocks, so that an evicted model's memory goes back to the system.
+
+    glibc raises the threshold by itself up to 32 MB after the first large free; a fixed one stays put.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
+
+
+def return_freed_memory(device: torch.device) -> None:
+    """Give the memory of dropped models back: Python's cycles, the C library's arenas, the device's cache."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

@@ -1,0 +1,431 @@
+"""The engine: from a request for features to arrays, over the planner, the model cache and the device worker."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, ParamSpec, TypeVar
+
+import orjson
+
+from service.backbones.catalogue import backbone_registry
+from service.checkpoints.resolve import CheckpointFile, CheckpointStore
+from service.config.files import ConfigCatalogue
+from service.config.preprocess import PreprocessSpec, parse_preprocess, resolve_preprocess
+from service.errors import DeadlineExceeded, ModelLoading, ServiceError
+from service.metrics import Metrics
+from service.necks.catalogue import neck_registry
+from service.protocol.reply import FeatureReply, FrozenInfo, LevelArray, ModelInfo, Timings, WeightsInfo
+from service.runtime.batcher import Batcher
+from service.runtime.cache import Entry, ModelCache
+from service.runtime.device import (
+    budget_bytes,
+    keep_freed_memory_returnable,
+    pick_device,
+    return_freed_memory,
+)
+from service.runtime.intake import Batch, Intake, Limits
+from service.runtime.model import LoadedModel, Precision, build_model, model_id
+from service.runtime.plan import LevelShape, Plan, Planner, pooled_fact, pooled_shapes
+from service.runtime.postprocess import Pool, refuse_pool
+from service.runtime.threads import on_thread, until
+from service.runtime.work import DeviceRunner, Done, Work, WorkJob
+from service.settings import Settings
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Shapes = Sequence[tuple[int, ...]]
+STUCK_AFTER_S = 120.0
+CONNECT_TIMEOUT_S = 3.0
+log = logging.getLogger("service.engine")
+
+
+@dataclass(frozen=True)
+class FeatureQuery:
+    """What a client asks of `POST /features`, bounded but not yet resolved."""
+
+    backbone: Any
+    images: tuple[bytes, ...] = ()
+    tensor: bytes | None = None
+    neck: Any = None
+    preprocess: Any = None
+    precision: Precision = "float32"
+    dtype: Literal["float32", "float16"] = "float32"
+    pool: Pool = "none"
+    normalize: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A query resolved as far as it goes without an image or a weight; `fingerprint` identifies its answer."""
+
+    query: FeatureQuery
+    plan: Plan
+    spec: PreprocessSpec
+    file: CheckpointFile | None
+    model_id: str
+    fingerprint: str
+    deadline: float
+
+
+class Engine:
+    """Everything behind the API. Call `start` and `stop` inside a running event loop."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        keep_freed_memory_returnable()
+        self.settings = settings
+        self.metrics = metrics
+        self.draining = False
+        self.device = pick_device(settings.device)
+        self.planner = Planner(backbone_registry(), neck_registry(), ConfigCatalogue(settings.config_dir))
+        self.store = _checkpoint_store(settings)
+        self._codecs = ThreadPoolExecutor(settings.decode_threads or os.cpu_count() or 1, "codec")
+        self._plans = ThreadPoolExecutor(2, "planner")
+        self._fetches = ThreadPoolExecutor(4, "fetch")
+        self._loader = ThreadPoolExecutor(1, "loader")
+        limits = Limits(settings.max_pixels, settings.max_images, settings.max_body_bytes // 4)
+        self._intake = Intake(self._codecs, limits)
+        self.cache: ModelCache[LoadedModel] = ModelCache(
+            budget_bytes=budget_bytes(settings.model_budget, self.device),
+            min_residency_s=settings.min_residency,
+            executor=self._loader,
+            released=lambda: return_freed_memory(self.device),
+            wait_s=settings.request_timeout,
+        )
+        self.batcher: Batcher[Work, Done] = Batcher(
+            DeviceRunner(self.device, settings.max_batch),
+            max_batch=settings.max_batch,
+            queue_size=settings.queue_size,
+            observe=self._observe_batch,
+        )
+        self._warming: asyncio.Task[None] | None = None
+        self._not_warm: str | None = "models are being loaded" if settings.warm else None
+
+    # --- features -------------------------------------------------------------------------------
+
+    async def prepare(self, query: FeatureQuery, extra: str = "") -> Prepared:
+        """Resolve a query: config, preprocessing, weights. Nothing is decoded, loaded or computed.
+
+        Args:
+            extra: whatever else decides the bytes of the reply; it goes into the fingerprint.
+        """
+        deadline = time.monotonic() + self.settings.request_timeout
+        async with until(
+            deadline, DeadlineExceeded("the deadline passed while the config was being resolved")
+        ):
+            plan = await self.plan(query.backbone, query.neck, query.preprocess)
+            defaults = [plan.config.input_defaults(), plan.description.input]
+            spec = resolve_preprocess(parse_preprocess(plan.preprocess), defaults)
+            file = await self._weights_file(plan)
+        identity = model_id(plan.config, plan.weights, file)
+        fingerprint = _fingerprint(query, plan, spec, identity, extra)
+        return Prepared(query, plan, spec, file, identity, fingerprint, deadline)
+
+    async def plan(self, backbone: Any, neck: Any = None, preprocess: Any = None) -> Plan:
+        """A config resolved; see `Planner.plan`."""
+        return await self.planning(self.planner.plan, backbone, neck, preprocess)
+
+    async def planning(self, function: Callable[P, T], *arguments: P.args, **keywords: P.kwargs) -> T:
+        """Run something that may build an architecture on the meta device."""
+        return await on_thread(self._plans, function, *arguments, **keywords)
+
+    async def _weights_file(self, plan: Plan) -> CheckpointFile | None:
+        """The checkpoint's file. One that is at hand does not wait behind somebody's download."""
+        if plan.weights is None:
+            return None
+        known = self.store.peek(plan.weights)
+        return known or await on_thread(self._fetches, self.store.resolve, plan.weights)
+
+    async def extract(
+        self, prepared: Prepared, refuse_reply: Callable[[Shapes, Sequence[str]], None]
+    ) -> FeatureReply:
+        """Decode, run, and describe the levels of a prepared query.
+
+        Args:
+            refuse_reply: given the shapes and names of the levels before anything is computed; raises if they
+                make no reply that may be sent.
+        """
+        late = DeadlineExceeded(f"the request took longer than {self.settings.request_timeout:g} s")
+        clock = _Clock()
+        async with until(prepared.deadline, late):
+            batch = await self._batch(prepared)
+            levels = await self._levels(prepared, batch)
+            shapes = pooled_shapes(levels, len(batch.infos), prepared.query.pool)
+            refuse_reply(shapes, [level.fact.name for level in levels])
+        clock.lap("decode")
+        async with self._leased(prepared.plan, prepared.file, prepared.model_id, prepared.deadline) as entry:
+            clock.lap("load")
+            async with until(prepared.deadline, late):
+                done = await self._compute(prepared, batch, levels, entry.model)
+            clock.note("queue", done.queue_s)
+            clock.note("forward", done.forward_s)
+            model = self._model_info(prepared.plan, entry.model, prepared.query.precision)
+        self._observe_stages(clock.seconds)
+        return FeatureReply(
+            model=model,
+            images=batch.infos,
+            levels=_replied(levels, done, prepared.query.pool),
+            timings=Timings(**{stage: seconds * 1000 for stage, seconds in clock.seconds.items()}),
+            preprocess=None if prepared.query.tensor is not None else prepared.spec.as_json(),
+        )
+
+    async def encode(self, encode: Callable[[], T]) -> T:
+        """Run an encoder off the event loop."""
+        return await on_thread(self._codecs, encode)
+
+    async def _batch(self, prepared: Prepared) -> Batch:
+        query, channels = prepared.query, prepared.plan.description.in_channels
+        if query.tensor is not None:
+            return await self._intake.tensor(query.tensor, channels)
+        return await self._intake.images(query.images, prepared.spec, channels)
+
+    async def _levels(self, prepared: Prepared, batch: Batch) -> tuple[LevelShape, ...]:
+        """What the levels will be. What cannot run is refused here, before a model is loaded for it."""
+        plan = prepared.plan
+        height, width = batch.images.shape[2:]
+        exact = prepared.query.tensor is not None or prepared.spec.mode != "native"
+        measure = self.planner.levels_at if exact else self.planner.levels_near
+        levels = await self.planning(measure, plan, (height, width))
+        refuse_pool(prepared.query.pool, [level.fact for level in levels], plan.description.prefix_tokens)
+        return levels
+
+    async def _compute(
+        self, prepared: Prepared, batch: Batch, levels: Sequence[LevelShape], model: LoadedModel
+    ) -> Done:
+        query, plan = prepared.query, prepared.plan
+        work = Work(
+            model=model,
+            neck=self.planner.neck(plan),
+            names=tuple(level.fact.name for level in levels),
+            levels=plan.levels,
+            prefix_tokens=plan.description.prefix_tokens,
+            images=batch.images,
+            precision=query.precision,
+            pool=query.pool,
+            normalize=query.normalize,
+            dtype=query.dtype,
+            valid=batch.valid,
+        )
+        group = (model.id, batch.images.shape[1:], query.precision)
+        job: WorkJob = WorkJob(group, len(batch.infos), work, prepared.deadline)
+        self.batcher.submit(job)
+        return await asyncio.wrap_future(job.future)
+
+    # --- models ---------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _leased(
+        self, plan: Plan, file: CheckpointFile | None, identity: str, deadline: float
+    ) -> AsyncIterator[Entry[LoadedModel]]:
+        """The model of a plan, loaded if need be; the deadline ends the wait, not the load."""
+        loading = ModelLoading("the model is still loading; ask again", retry_after_s=5)
+        lease = self.cache.lease(identity, plan.description.bytes, self._builder(plan, file))
+        async with until(deadline, loading):
+            entry = await lease.__aenter__()
+        try:
+            entry.model.refuse_unfilled(plan.levels, plan.weights.pointer if plan.weights else "#/backbone")
+            yield entry
+        finally:
+            await lease.__aexit__(None, None, None)
+
+    def _builder(self, plan: Plan, file: CheckpointFile | None) -> Callable[[], tuple[LoadedModel, int]]:
+        def build() -> tuple[LoadedModel, int]:
+            outcome = "failed"
+            try:
+                model = build_model(plan.type, plan.family, plan.config, plan.weights, file, self.device)
+                outcome = "loaded"
+            finally:
+                self.metrics.loads.labels(outcome).inc()
+            return model, model.bytes
+
+        return build
+
+    async def load(
+        self, backbone: Any, neck: Any = None, preprocess: Any = None
+    ) -> tuple[dict[str, Any], bool]:
+        """Load what a config builds and run it once; its entry of `GET /models`, and whether it is new."""
+        prepared = await self.prepare(FeatureQuery(backbone, neck=neck, preprocess=preprocess))
+        plan = prepared.plan
+        fresh = all(entry.key != prepared.model_id for entry in self.cache)
+        async with self._leased(plan, prepared.file, prepared.model_id, prepared.deadline) as entry:
+            if fresh:
+                await self._run_once(prepared, entry.model)
+            return self._entry(entry), fresh
+
+    async def _run_once(self, prepared: Prepared, model: LoadedModel) -> None:
+        """Compute one blank image, so that the first real one does not pay for what is set up lazily."""
+        size = prepared.spec.size or prepared.plan.input_size
+        batch = Batch.blank(prepared.plan.description.in_channels, size)
+        levels = await self._levels(prepared, batch)
+        await self._compute(prepared, batch, levels, model)
+
+    def _model_info(self, plan: Plan, model: LoadedModel, precision: Precision) -> ModelInfo:
+        report = model.freeze_report(plan.freeze)
+        frozen = FrozenInfo(report.stages, len(report.parameters), report.of)
+        return ModelInfo(model.id, plan.type, str(self.device), precision, _weights_info(model), frozen)
+
+    def model_list(self) -> dict[str, Any]:
+        """What is in memory, and the budget."""
+        entries = sorted(self.cache, key=lambda entry: entry.last_used, reverse=True)
+        return {
+            "models": [self._entry(entry) for entry in entries],
+            "loading": list(self.cache.loading),
+            "budget": {
+                "bytes": self.cache.budget_bytes,
+                "used": self.cache.used_bytes,
+                "device": str(self.device),
+            },
+        }
+
+    def _entry(self, entry: Entry[LoadedModel]) -> dict[str, Any]:
+        model = entry.model
+        return {
+            "id": entry.key,
+            "type": model.type,
+            "device": str(model.device),
+            "dtype": "float32",
+            "bytes": entry.bytes,
+            "weights": _weights_info(model).describe(),
+            "engine": "torch",
+            "hits": entry.hits,
+            "in_use": entry.leases,
+            "last_used": entry.last_used,
+            "load_seconds": round(entry.load_seconds, 3),
+        }
+
+    # --- life -----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to load the warm list."""
+        if self.settings.warm and self._warming is None:
+            self._warming = asyncio.create_task(self._warm())
+
+    async def _warm(self) -> None:
+        for name in self.settings.warm:
+            self._not_warm = f"loading {name}"
+            try:
+                await self.load(name)
+            except ServiceError as error:
+                self._not_warm = f"{name} of the warm list cannot be loaded"
+                log.error("%s: %s", self._not_warm, error.detail)
+                return
+            log.info("%s is loaded", name)
+        self._not_warm = None
+
+    def not_ready(self) -> str | None:
+        """Why the service should not be sent requests; None when it should."""
+        return "draining" if self.draining else self._not_warm
+
+    def fault(self) -> str | None:
+        """Why the process should be restarted; None while it works."""
+        if not self.batcher.alive:
+            return "the device worker ended"
+        busy_s = self.batcher.busy_seconds()
+        return f"the device worker has been busy for {busy_s:.0f} s" if busy_s > STUCK_AFTER_S else None
+
+    async def stop(self) -> None:
+        """Answer everyone who waits, and end the threads."""
+        self.draining = True
+        if self._warming is not None:
+            self._warming.cancel()
+        await asyncio.to_thread(self.batcher.stop)
+        for executor in (self._codecs, self._plans, self._fetches, self._loader):
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    # --- numbers --------------------------------------------------------------------------------
+
+    def _observe_batch(self, images: int, seconds: float) -> None:
+        del seconds  # each request's own forward time is observed with its stages
+        self.metrics.batch_images.observe(images)
+
+    def _observe_stages(self, seconds: dict[str, float]) -> None:
+        for stage, spent in seconds.items():
+            self.metrics.stage_seconds.labels(stage).observe(spent)
+
+    def metrics_text(self) -> bytes:
+        """Prometheus text; gauges are read when asked for."""
+        self.metrics.models.set(len(list(self.cache)))
+        self.metrics.model_bytes.set(self.cache.used_bytes)
+        self.metrics.budget_bytes.set(self.cache.budget_bytes)
+        self.metrics.evictions.set(self.cache.evictions)
+        self.metrics.queue_images.set(self.batcher.waiting_images)
+        return self.metrics.text()
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """What passed since the last lap went into this stage."""
+        now = time.perf_counter()
+        self.seconds[stage], self._since = now - self._since, now
+
+    def note(self, stage: str, seconds: float) -> None:
+        """A stage measured elsewhere."""
+        self.seconds[stage] = seconds
+
+
+def _checkpoint_store(settings: Settings) -> CheckpointStore:
+    return CheckpointStore(
+        settings.checkpoint_dir,
+        hosts=frozenset(settings.checkpoint_hosts),
+        mirrors=settings.mirrors,
+        hub_endpoint=settings.hub_endpoint,
+        max_bytes=settings.max_checkpoint_bytes,
+        connect_timeout_s=CONNECT_TIMEOUT_S,
+        download_timeout_s=settings.download_timeout,
+    )
+
+
+def _replied(levels: Sequence[LevelShape], done: Done, pool: Pool) -> tuple[LevelArray, ...]:
+    facts = [pooled_fact(level.fact, pool) for level in levels]
+    return tuple(
+        LevelArray(fact.index, fact.name, fact.layout, fact.stride, fact.channels, array)
+        for fact, array in zip(facts, done.arrays, strict=True)
+    )
+
+
+def _weights_info(model: LoadedModel) -> WeightsInfo:
+    file, keys = model.checkpoint, model.keys
+    if file is None:
+        return WeightsInfo("random")
+    return WeightsInfo(
+        file.source,
+        file.name,
+        file.sha256,
+        keys.loaded,
+        tuple(keys.missing),
+        tuple(keys.unexpected),
+        keys.prefix,
+    )
+
+
+def _fingerprint(query: FeatureQuery, plan: Plan, spec: PreprocessSpec, identity: str, extra: str) -> str:
+    """A digest of everything that decides the answer: weights, config, images, and how they are prepared."""
+    parts = [
+        identity,
+        repr(plan.levels),
+        repr(plan.freeze),
+        repr(plan.neck_config),
+        query.precision,
+        query.dtype,
+        query.pool,
+        query.normalize,
+        spec.as_json() if query.tensor is None else None,
+        extra,
+    ]
+    digest = hashlib.sha256(orjson.dumps(parts))
+    for data in (query.tensor or b"", *query.images):
+        digest.update(hashlib.sha256(data).digest())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,119 @@
+"""What can be asked for, as JSON: lists of types, the page of one type, and what a config would build."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from service.backbones.catalogue import backbone_registry
+from service.backbones.registry import TypeEntry
+from service.config.files import ConfigCatalogue
+from service.config.spec import FreezeReport
+from service.necks.catalogue import neck_registry
+from service.runtime.plan import LevelShape, Plan, Planner
+
+
+def list_types(planner: Planner, scope: str, search: str, limit: int, cursor: str) -> dict[str, Any]:
+    """One page of the types, in the order of their names; `next` is the cursor of the page after, or None."""
+    words = search.lower().split()
+    found = [entry for entry in planner.backbones.entries() if _matches(entry, scope, words)]
+    page = [entry for entry in found if entry.type > cursor]
+    more = page[limit - 1].type if len(page) > limit else None
+    return {"types": [_row(entry) for entry in page[:limit]], "total": len(found), "next": more}
+
+
+def _matches(entry: TypeEntry, scope: str, words: list[str]) -> bool:
+    scopes = {name.partition(".")[0] for name in (entry.type, *entry.aliases)}
+    text = " ".join((entry.type, *entry.aliases, entry.summary)).lower()
+    return (not scope or scope in scopes) and all(word in text for word in words)
+
+
+def _row(entry: TypeEntry) -> dict[str, Any]:
+    row = {
+        "type": entry.type,
+        "scope": entry.scope,
+        "aliases": list(entry.aliases),
+        "summary": entry.summary,
+        "href": f"/backbones/{entry.type}",
+    }
+    return row if entry.unsupported is None else {**row, "unsupported": entry.unsupported}
+
+
+def type_page(planner: Planner, name: str) -> dict[str, Any]:
+    """Everything about one type.
+
+    Raises:
+        UnknownBackbone, InvalidConfig: as for `Registry.resolve`.
+    """
+    resolved = planner.backbones.resolve(name, pointer="")
+    example = {**resolved.family.example(resolved.type), "type": resolved.type}
+    plan = planner.plan(example)
+    return {
+        **_row(resolved.entry),
+        "schema": resolved.family.config.model_json_schema(),
+        "architectures": list(resolved.family.architectures(resolved.type)),
+        "indices": {
+            "permitted": [feature.index for feature in plan.description.features],
+            "default": [
+                level.index for level in planner.plan({"type": resolved.type, **_required(example)}).levels
+            ],
+        },
+        "example": example,
+    }
+
+
+def _required(example: Mapping[str, Any]) -> dict[str, Any]:
+    """An example without what chooses levels."""
+    choosing = ("out_indices", "return_nodes", "strides", "out_features")
+    return {key: value for key, value in example.items() if key not in choosing}
+
+
+def inspection(planner: Planner, plan: Plan, size: tuple[int, int] | None) -> dict[str, Any]:
+    """What a config would build, at an input of [height, width]."""
+    measured = size or plan.input_size
+    report = planner.freeze_report(plan)
+    return {
+        "type": plan.type,
+        "input_size": list(measured),
+        "levels": [_level(level) for level in planner.levels_at(plan, measured)],
+        "parameters": plan.description.parameters,
+        "bytes": plan.description.bytes,
+        "weights": None
+        if plan.weights is None
+        else {"checkpoint": plan.weights.name, "prefix": plan.weights.prefix},
+        "frozen": _frozen(report),
+    }
+
+
+def _level(level: LevelShape) -> dict[str, Any]:
+    fact = level.fact
+    return {
+        "index": fact.index,
+        "name": fact.name,
+        "layout": fact.layout,
+        "stride": fact.stride,
+        "channels": fact.channels,
+        "shape": list(level.shape),
+    }
+
+
+def _frozen(report: FreezeReport) -> dict[str, Any]:
+    return {
+        "stages": report.stages,
+        "parameters": list(report.parameters),
+        "norms": list(report.norms),
+        "of": report.of,
+    }
+
+
+def inspect_offline(
+    config_dir: str, backbone: Any, neck: Any, size: tuple[int, int] | None
+) -> dict[str, Any]:
+    """`inspection` without a running service.
+
+    Raises:
+        ServiceError: the config is not valid.
+    """
+    planner = Planner(backbone_registry(), neck_registry(), ConfigCatalogue(Path(config_dir)))
+    return inspection(planner, planner.plan(backbone, neck), size)

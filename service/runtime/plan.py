@@ -1,0 +1,299 @@
+"""From what a client asks to what is to be done: a config resolved and checked before any memory is taken."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+import torch
+from pydantic import ValidationError
+
+from service.backbones.base import Backbone, BackboneConfig, Family
+from service.backbones.registry import Registry, Resolved, json_type
+from service.config.files import ConfigCatalogue, NamedConfig
+from service.config.spec import Description, FeatureInfo, Freeze, FreezeReport, Layout, Level, WeightsRef
+from service.errors import InvalidConfig
+from service.necks.base import LevelFacts, Neck, NeckConfig, NeckFamily
+from service.validation import invalid
+
+T = TypeVar("T")
+DESCRIPTIONS_KEPT = 2048
+SHAPES_KEPT = 4096
+META_KEPT = 8
+NOTHING_FROZEN = Freeze()
+
+
+class Lru(Generic[T]):
+    """The last values made, by key, for many threads; two may make the same value at once."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._kept: OrderedDict[Hashable, T] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The value of `key`, made if it is not there."""
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        value = make()
+        with self._lock:
+            self._kept[key] = value
+            while len(self._kept) > self._size:
+                self._kept.popitem(last=False)
+        return value
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request's config, resolved: what to build, what to return, what counts as frozen."""
+
+    type: str
+    family: Family[Any]
+    config: BackboneConfig
+    description: Description
+    levels: tuple[Level, ...]
+    freeze: Freeze
+    weights: WeightsRef | None
+    neck_family: NeckFamily[Any] | None
+    neck_config: NeckConfig | None
+    preprocess: Any
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The nodes of the backbone that the levels need."""
+        return tuple(level.node for level in self.levels)
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """The input that the architecture is made for, [height, width]; 224×224 where it does not say."""
+        return self.description.input.size or (224, 224)
+
+
+class Planner:
+    """Resolves configs; keeps what it learnt of architectures."""
+
+    def __init__(
+        self, backbones: Registry[Family[Any]], necks: Registry[NeckFamily[Any]], catalogue: ConfigCatalogue
+    ) -> None:
+        self.backbones = backbones
+        self.necks = necks
+        self.catalogue = catalogue
+        self._descriptions: Lru[Description] = Lru(DESCRIPTIONS_KEPT)
+        self._meta: Lru[Backbone] = Lru(META_KEPT)
+        self._shapes: Lru[tuple[LevelShape, ...]] = Lru(SHAPES_KEPT)
+        self._necks: Lru[Neck] = Lru(META_KEPT)
+        self._reports: Lru[FreezeReport] = Lru(SHAPES_KEPT)
+
+    def plan(self, backbone: Any, neck: Any = None, preprocess: Any = None) -> Plan:
+        """Resolve a config, or the name of one; a neck or preprocess given beside a name goes before its own.
+
+        Raises:
+            UnknownBackbone, UnknownConfig, InvalidConfig: what is wrong and where.
+        """
+        if isinstance(backbone, str):
+            named = self.catalogue.load(backbone, pointer="#/backbone")
+            backbone, neck, preprocess = _completed(named, neck, preprocess)
+        resolved = self.backbones.resolve(json_type(backbone, pointer="#/backbone"))
+        config = _configure(resolved, backbone)
+        description = self.describe(resolved.family, config)
+        neck_family, neck_config = self._neck(neck)
+        plan = Plan(
+            type=config.type,
+            family=resolved.family,
+            config=config,
+            description=description,
+            levels=config.levels(description),
+            freeze=config.freeze(),
+            weights=config.weights(),
+            neck_family=neck_family,
+            neck_config=neck_config,
+            preprocess=preprocess,
+        )
+        if plan.freeze != NOTHING_FROZEN:
+            self.freeze_report(plan)  # refuses stages that are not there
+        return plan
+
+    def _neck(self, raw: Any) -> tuple[NeckFamily[Any] | None, NeckConfig | None]:
+        if raw is None:
+            return None, None
+        if isinstance(raw, str):
+            raw = {"type": raw}
+        resolved = self.necks.resolve(json_type(raw, pointer="#/neck"), pointer="#/neck/type")
+        return resolved.family, _validated(resolved, raw, "#/neck")
+
+    def describe(self, family: Family[Any], config: BackboneConfig) -> Description:
+        """Features and size of an architecture."""
+        return self._descriptions.get(config.key(), lambda: family.describe(config))
+
+    def meta_backbone(self, plan: Plan) -> Backbone:
+        """The architecture on the meta device: shapes and names, no weights."""
+
+        def build() -> Backbone:
+            with torch.device("meta"):
+                backbone: Backbone = plan.family.build(plan.config)
+            return backbone.eval()
+
+        return self._meta.get(plan.config.key(), build)
+
+    def freeze_report(self, plan: Plan) -> FreezeReport:
+        """What the config freezes."""
+        key = (plan.config.key(), plan.freeze)
+        return self._reports.get(key, lambda: self.meta_backbone(plan).frozen(plan.freeze))
+
+    def levels_at(self, plan: Plan, size: tuple[int, int]) -> tuple[LevelShape, ...]:
+        """What every level of one image is at an input of [height, width].
+
+        Raises:
+            InvalidConfig: this backbone does not take this size, or the neck does not take these levels.
+        """
+        key = (plan.config.key(), plan.levels, plan.neck_config, size)
+        return self._shapes.get(key, lambda: self._measure(plan, size))
+
+    def levels_near(self, plan: Plan, size: tuple[int, int]) -> tuple[LevelShape, ...]:
+        """What every level is about, at a size that is not worth building the architecture for.
+
+        Maps scale with their stride, tokens with the area, from the size that the architecture is made for.
+        """
+        made_for = plan.input_size
+        return tuple(level.scaled(made_for, size) for level in self.levels_at(plan, made_for))
+
+    def _measure(self, plan: Plan, size: tuple[int, int]) -> tuple[LevelShape, ...]:
+        levels = _levels_of_table(plan, size) or self._levels_of_meta(plan, size)
+        if plan.neck_family is None:
+            return levels
+        facts = [level.fact for level in levels]
+        described = plan.neck_family.describe(plan.neck_config, facts)
+        with torch.device("meta"), torch.inference_mode():
+            neck = plan.neck_family.build(plan.neck_config, facts).eval()
+            found = neck([torch.empty(level.shape) for level in levels])
+        return tuple(
+            LevelShape(fact, tuple(tensor.shape))
+            for fact, tensor in zip(described.levels, found, strict=True)
+        )
+
+    def neck(self, plan: Plan) -> Neck | None:
+        """The neck of a plan; it has no weights."""
+        if plan.neck_family is None:
+            return None
+        bare = replace(plan, neck_family=None, neck_config=None)
+        facts = [level.fact for level in self.levels_at(bare, bare.input_size)]
+        return self._necks.get(
+            (plan.config.key(), plan.levels, plan.neck_config), lambda: _built_neck(plan, facts)
+        )
+
+    def _levels_of_meta(self, plan: Plan, size: tuple[int, int]) -> tuple[LevelShape, ...]:
+        backbone = self.meta_backbone(plan)
+        try:
+            with torch.device("meta"), torch.inference_mode():
+                found = backbone(torch.empty((1, plan.description.in_channels, *size)), plan.nodes)
+        except (RuntimeError, AssertionError, ValueError, IndexError, NotImplementedError) as error:
+            raise size_refused(plan, size) from error
+        features = {feature.node: feature for feature in plan.description.features}
+        return tuple(
+            level_shape(level, tuple(found[level.node].shape), size, features.get(level.node))
+            for level in plan.levels
+        )
+
+
+@dataclass(frozen=True)
+class LevelShape:
+    """One level of one image: what it is, and its shape with a leading 1."""
+
+    fact: LevelFacts
+    shape: tuple[int, ...]
+
+    def scaled(self, made_for: tuple[int, int], size: tuple[int, int]) -> LevelShape:
+        """The same level of an input of another [height, width], about."""
+        if self.fact.layout == "NC":
+            return self
+        ratios = (size[0] / made_for[0], size[1] / made_for[1])
+        if self.fact.layout == "NLC":
+            tokens = math.ceil(self.shape[1] * ratios[0] * ratios[1])
+            return LevelShape(self.fact, (1, tokens, self.shape[2]))
+        height, width = (math.ceil(side * ratio) for side, ratio in zip(self.shape[2:], ratios, strict=True))
+        return LevelShape(self.fact, (1, self.shape[1], height, width))
+
+
+LAYOUT_BY_RANK: Mapping[int, Layout] = {4: "NCHW", 3: "NLC", 2: "NC"}
+
+
+def level_shape(
+    level: Level, shape: tuple[int, ...], size: tuple[int, int], feature: FeatureInfo | None
+) -> LevelShape:
+    """What a tensor of this shape is: layout by its rank, stride as the feature says or else by size."""
+    layout = LAYOUT_BY_RANK[len(shape)]
+    if layout != "NCHW":
+        return LevelShape(LevelFacts(level.index, level.name, layout, shape[-1], None), shape)
+    nominal = feature.stride if feature is not None else None
+    stride = nominal or max(1, round(size[0] / shape[2]))
+    return LevelShape(LevelFacts(level.index, level.name, layout, shape[1], stride), shape)
+
+
+def pooled_shapes(levels: Sequence[LevelShape], images: int, pool: str) -> list[tuple[int, ...]]:
+    """The shapes of a reply for so many images."""
+    if pool == "none":
+        return [(images, *level.shape[1:]) for level in levels]
+    return [(images, level.fact.channels) for level in levels]
+
+
+def pooled_fact(fact: LevelFacts, pool: str) -> LevelFacts:
+    """What a level is after pooling."""
+    return fact if pool == "none" else replace(fact, layout="NC", stride=None)
+
+
+def _built_neck(plan: Plan, facts: Sequence[LevelFacts]) -> Neck:
+    assert plan.neck_family is not None
+    neck: Neck = plan.neck_family.build(plan.neck_config, facts)
+    return neck.eval()
+
+
+def size_refused(plan: Plan, size: tuple[int, int]) -> InvalidConfig:
+    """The error for an input that a backbone cannot take."""
+    height, width = plan.input_size
+    detail = f"{plan.type} does not take images of {size[0]}x{size[1]}; it is made for {height}x{width}"
+    return InvalidConfig("#/preprocess/size", detail)
+
+
+def _levels_of_table(plan: Plan, size: tuple[int, int]) -> tuple[LevelShape, ...] | None:
+    """The levels, where the description carries their shapes at this size."""
+    if size != plan.description.input.size:
+        return None
+    features = {feature.node: feature for feature in plan.description.features}
+    levels = []
+    for level in plan.levels:
+        feature = features.get(level.node)
+        if feature is None or feature.shape is None:
+            return None
+        levels.append(level_shape(level, (1, *feature.shape), size, feature))
+    return tuple(levels)
+
+
+def _completed(named: NamedConfig, neck: Any, preprocess: Any) -> tuple[Mapping[str, Any], Any, Any]:
+    own_neck = named.neck if neck is None else neck
+    own_preprocess = named.preprocess if preprocess is None else preprocess
+    return named.backbone, own_neck, own_preprocess
+
+
+def _configure(resolved: Resolved[Family[Any]], raw: Mapping[str, Any]) -> BackboneConfig:
+    config: BackboneConfig = _validated(resolved, raw, "#/backbone")
+    return config
+
+
+def _validated(resolved: Resolved[Any], raw: Mapping[str, Any], pointer: str) -> Any:
+    """The family's config of a raw one, its type written in full."""
+    config_class = resolved.family.config
+    try:
+        return config_class.model_validate({**raw, "type": resolved.type}, context={"scope": resolved.scope})
+    except ValidationError as error:
+        raise invalid(error, pointer, known_keys(config_class)) from error
+
+
+def known_keys(config_class: type[Any]) -> list[str]:
+    """The keys that a config class takes, as a client spells them."""
+    return [field.alias or name for name, field in config_class.model_fields.items()]

@@ -1,0 +1,89 @@
+"""What happens to a level between the backbone and the wire: pooling, normalising, the dtype of the reply."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from service.errors import InvalidConfig, NonFiniteLevel
+from service.necks.base import LevelFacts
+from service.protocol.reply import FloatArray
+
+Pool = Literal["none", "avg", "max", "gem", "cls"]
+GEM_POWER = 3.0
+GEM_FLOOR = 1e-6
+
+
+def _gem(positions: Tensor) -> Tensor:
+    """Generalised mean with p=3 (Radenović et al., "Fine-tuning CNN image retrieval", equation 3)."""
+    return positions.clamp(min=GEM_FLOOR).pow(GEM_POWER).mean(dim=-1).pow(1 / GEM_POWER)
+
+
+# over the last dimension of [n, c, positions]
+POOLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "avg": lambda positions: positions.mean(dim=-1),
+    "max": lambda positions: positions.amax(dim=-1),
+    "gem": _gem,
+}
+
+
+def refuse_pool(pool: Pool, facts: Sequence[LevelFacts], prefix_tokens: int) -> None:
+    """Refuse a pool that a level cannot give, before anything is computed.
+
+    Raises:
+        InvalidConfig: `cls` of a map, or of tokens without a class token.
+    """
+    if pool != "cls":
+        return
+    for level in facts:
+        if level.layout == "NCHW" or (level.layout == "NLC" and not prefix_tokens):
+            raise InvalidConfig("#/pool", f"level {level.name} has no class token")
+
+
+def pool_level(
+    feature: Tensor, pool: Pool, prefix_tokens: int, valid: Sequence[tuple[float, float]] | None
+) -> Tensor:
+    """One level pooled to [n, c]; vectors stay as they are.
+
+    Args:
+        feature: [n, c, h, w], [n, l, c] (its first `prefix_tokens` tokens are not patches) or [n, c].
+        valid: for each image the fraction of height and of width that is not padding; None if nothing is.
+    """
+    if pool == "none" or feature.ndim == 2:
+        return feature
+    if feature.ndim == 3:
+        return feature[:, 0] if pool == "cls" else POOLS[pool](feature[:, prefix_tokens:].transpose(1, 2))
+    if valid is None:
+        return POOLS[pool](feature.flatten(2))
+    height, width = feature.shape[2:]
+    images = [
+        POOLS[pool](image[:, : math.ceil(part_h * height), : math.ceil(part_w * width)].flatten(1))
+        for image, (part_h, part_w) in zip(feature, valid, strict=True)
+    ]
+    return torch.stack(images)
+
+
+def normalize_level(feature: Tensor) -> Tensor:
+    """L2 over channels."""
+    return F.normalize(feature, dim=-1 if feature.ndim == 3 else 1)
+
+
+def to_array(feature: Tensor, dtype: Literal["float32", "float16"], name: str) -> FloatArray:
+    """A level as a contiguous array in the memory of the host.
+
+    Raises:
+        NonFiniteLevel: NaN or infinity, or a number that float16 cannot hold.
+    """
+    if not torch.isfinite(feature).all():
+        raise NonFiniteLevel(f"level {name} holds NaN or infinity")
+    if dtype == "float16":
+        feature = feature.half()
+        if not torch.isfinite(feature).all():
+            raise NonFiniteLevel(f"level {name} goes beyond what float16 holds (65504); ask for float32")
+    array: FloatArray = feature.contiguous().cpu().numpy()
+    return array

@@ -1,0 +1,120 @@
+"""Settings: environment variables `BACKBONE_*`, and flags of `backbone-service serve` of the same names."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+LIBRARY_HOSTS = (
+    "download.openmmlab.com",
+    "download.pytorch.org",
+    "dl.fbaipublicfiles.com",
+    "huggingface.co",
+    "github.com",
+    "objects.githubusercontent.com",
+    "release-assets.githubusercontent.com",
+)
+Names = Annotated[tuple[str, ...], NoDecode]
+
+
+def _words(value: object) -> object:
+    """`a, b` from the environment; flags and code may give a sequence."""
+    if isinstance(value, str):
+        return tuple(word.strip() for word in value.split(",") if word.strip())
+    return value
+
+
+class Settings(BaseSettings):
+    """Everything an operator can set; see `backbone-service serve --help`."""
+
+    model_config = SettingsConfigDict(env_prefix="BACKBONE_", extra="ignore", frozen=True)
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    config_dir: Path = Field(Path("model_configs"), description="named configs")
+    checkpoint_dir: Path = Field(
+        Path("checkpoints"), description="where checkpoint names resolve and downloads are kept"
+    )
+    checkpoint_hosts: Names = Field(
+        LIBRARY_HOSTS, description="hosts a checkpoint may be fetched from, comma separated"
+    )
+    checkpoint_mirrors: Names = Field(
+        (), description="where a host's files are really fetched: host=base-url, comma separated"
+    )
+    hub_endpoint: str = Field(
+        "https://huggingface.co", validation_alias="HF_ENDPOINT", description="the model hub (HF_ENDPOINT)"
+    )
+    max_checkpoint_bytes: int = Field(8 * 2**30, ge=1, description="largest checkpoint that is downloaded")
+    download_timeout: float = Field(600.0, gt=0, description="seconds that one checkpoint download may take")
+    api_keys: Names = Field((), description="keys of clients, comma separated")
+    admin_keys: Names = Field((), description="keys for POST and DELETE /models, comma separated")
+    allow_anonymous: bool = Field(False, description="a gateway in front of the service checks who asks")
+    requests_per_minute: int = Field(0, ge=0, description="quota of each key or address; 0 is none")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda|cuda:\d{1,2}|mps)$", description="auto, cpu, cuda, cuda:N or mps"
+    )
+    engine: Literal["auto", "torch"] = Field("auto", description="what runs the models: auto or torch")
+    model_budget: str = Field(
+        "70%",
+        pattern=r"^\d+(\.\d+)?%$|^\d+$",
+        description="bytes, or percent of the free memory, that models may take",
+    )
+    min_residency: float = Field(
+        1.0, ge=0, description="seconds a model stays in memory before it may be evicted"
+    )
+    warm: Names = Field((), description="named configs to load before /readyz says yes, comma separated")
+    max_body_bytes: int = Field(20_000_000, ge=1, description="largest request body")
+    max_pixels: int = Field(40_000_000, ge=1, description="largest image, in pixels")
+    max_images: int = Field(32, ge=1, le=1024, description="images in one request")
+    max_reply_bytes: int = Field(64_000_000, ge=1, description="largest reply")
+    queue_size: int = Field(512, ge=1, description="images that may wait for the device")
+    max_batch: int = Field(16, ge=1, le=1024, description="images in one forward pass")
+    request_timeout: float = Field(30.0, gt=0, description="seconds a request may take")
+    drain_seconds: float = Field(10.0, ge=0, description="seconds to finish what is in flight at shutdown")
+    decode_threads: int = Field(
+        0, ge=0, le=256, description="threads that decode and encode; 0 is one a core"
+    )
+
+    @field_validator(
+        "checkpoint_hosts", "checkpoint_mirrors", "api_keys", "admin_keys", "warm", mode="before"
+    )
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return _words(value)
+
+    @field_validator("checkpoint_mirrors")
+    @classmethod
+    def _mirror_form(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for mirror in value:
+            host, _, url = mirror.partition("=")
+            if not host or not url.startswith(("http://", "https://")):
+                raise ValueError("a mirror is written host=http://base or host=https://base")
+        return value
+
+    @model_validator(mode="after")
+    def _guarded(self) -> Settings:
+        if not (self.api_keys or self.allow_anonymous or is_loopback(self.host)):
+            raise ValueError(
+                f"without BACKBONE_API_KEYS the service only starts on a loopback address, not on "
+                f"{self.host}; set keys, or BACKBONE_ALLOW_ANONYMOUS=1 if a gateway in front of it checks who asks"
+            )
+        return self
+
+    @property
+    def mirrors(self) -> dict[str, str]:
+        """Base URLs by host."""
+        return {host: url for host, _, url in (mirror.partition("=") for mirror in self.checkpoint_mirrors)}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
