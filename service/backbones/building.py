@@ -33,7 +33,11 @@ def unset(make: Callable[[], N]) -> N:
 
 
 def describe(
-    make: Callable[[], Backbone], *, in_channels: int, input_defaults: PreprocessDefaults | None = None
+    make: Callable[[], Backbone],
+    *,
+    in_channels: int,
+    input_defaults: PreprocessDefaults | None = None,
+    prefix_tokens: int = 0,
 ) -> Description:
     """Features and size of the network that `make` builds; takes milliseconds and no memory."""
     network = on_meta(make)
@@ -44,4 +48,6 @@ def describe(
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         in_channels=in_channels,
         input=input_defaults or PreprocessDefaults(),
+        tensors=len(list(network.parameters())),
+        prefix_tokens=prefix_tokens,
     )

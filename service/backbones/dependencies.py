@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+RUNNING_STATISTICS = ("running_mean", "running_var")
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -57,17 +58,13 @@ def forward_with_graph(module: nn.Module, images: Tensor, *arguments: Any) -> An
 
 
 def entries_behind(parameters: Set[str], module: nn.Module) -> frozenset[str]:
-    """The entries of the state of `module` that belong to `parameters`: themselves and the buffers beside them.
+    """The entries of a checkpoint that belong to `parameters`: themselves and the running statistics beside them.
 
-    A buffer of a module that has no parameter of its own counts always: nothing says that it is not needed.
+    Other buffers (indices into a table of position biases) are what the constructor computes.
     """
-    found = set(parameters)
-    for path, child in module.named_modules():
-        prefix = f"{path}." if path else ""
-        own = {prefix + name for name, _ in child.named_parameters(recurse=False)}
-        if not own or own & parameters:
-            found.update(prefix + name for name, _ in child.named_buffers(recurse=False))
-    return frozenset(found)
+    owners = {name.rpartition(".")[0] for name in parameters}
+    beside = {f"{owner}.{name}" if owner else name for owner in owners for name in RUNNING_STATISTICS}
+    return frozenset(parameters | (beside & {name for name, _ in module.named_buffers()}))
 
 
 def batch_norms_of(parameters: Set[str], module: nn.Module) -> tuple[str, ...]:

@@ -224,7 +224,7 @@ def _torchvision_features(name: str, module: str) -> list[list[Any]]:
     else:
         candidates = _stages(family.twin(architecture).net)
         maps = {f.stride: f for f in family.node_features(architecture, candidates) if f.layout == "NCHW"}
-        chosen = tuple(maps[stride] for stride in USUAL_STRIDES)
+        chosen = tuple(maps[stride] for stride in USUAL_STRIDES if stride in maps)
     return [[f.node, f.channels, f.stride, f.layout, f.shape] for f in chosen]
 
 

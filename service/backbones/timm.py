@@ -19,9 +19,9 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field, StrictBool, model_validator
@@ -90,9 +90,10 @@ CONSTRUCTOR_ERRORS = (
     AttributeError,
     ArithmeticError,
 )
-# Attention that lists every pair of positions in Python: its time grows with the fourth power of the side.
-SLOW_WITH_SIZE = frozenset({"efficientvit_msra", "tiny_vit"})
+# Networks that list positions in Python when they are built or run: their time grows steeply with the side.
+SLOW_WITH_SIZE = frozenset({"efficientvit_msra", "maxxvit", "sequencer", "tiny_vit"})
 MAX_SLOW_SIDE = 512
+STEM_NAMES = ("patch_embed.", "patch_embeds.0.", "stem.")
 
 
 @dataclass(frozen=True)
@@ -502,9 +503,10 @@ def _watched(model: Any, capture: Capture) -> Iterator[None]:
 
 
 def _module_of_first_feature(model: nn.Module) -> nn.Module | None:
-    info = getattr(model, "feature_info", None)
-    path = info[0].get("module") if info else None
-    return dict(model.named_modules()).get(path) if path else None
+    info = getattr(model, "feature_info", None) or ()
+    paths = (info[index].get("module") for index in range(len(info)))
+    first = next((path for path in paths if path), None)
+    return dict(model.named_modules()).get(first) if first else None
 
 
 def _layer(kind: str, value: Any) -> Any:
@@ -567,7 +569,7 @@ def _refusal(architecture: Architecture, error: Exception) -> InvalidConfig:
         )
     pointer = f"#/backbone/{given[0]}" if len(given) == 1 else "#/backbone"
     settings = ", ".join(f"{key}={value}" for key, value in architecture.arguments) or f"{given[0]}"
-    return InvalidConfig(pointer, f"timm cannot build {architecture.entry_name} with {settings}")
+    return InvalidConfig(pointer, f"timm cannot build and run {architecture.entry_name} with {settings}")
 
 
 @lru_cache(maxsize=256)
@@ -602,13 +604,19 @@ def _features(net: nn.Module, indices: Sequence[int]) -> tuple[FeatureInfo, ...]
 
 def _assemble_whole(architecture: Architecture, capture: Capture) -> TimmBackbone:
     """The whole model without classifier and pooling, as OpenMMLab's wrapper resets it."""
+    feature = _whole_feature(architecture)
+    net = _without_head(architecture, capture)
+    return TimmBackbone(net, architecture, (feature,), capture)
+
+
+def _without_head(architecture: Architecture, capture: Capture) -> nn.Module:
     net: Any = _create(architecture, capture, {})
     try:
         net.reset_classifier(0, "")
     except CONSTRUCTOR_ERRORS as error:
         detail = f"{architecture.entry_name} cannot be left unpooled; set it to true"
         raise InvalidConfig("#/backbone/features_only", detail) from error
-    return TimmBackbone(net, architecture, (_whole_feature(architecture),), capture)
+    return cast("nn.Module", net)
 
 
 def _refuse_slow(architecture: Architecture) -> None:
@@ -622,10 +630,13 @@ def _refuse_slow(architecture: Architecture) -> None:
 @lru_cache(maxsize=256)
 def _whole_feature(architecture: Architecture) -> FeatureInfo:
     """The one feature of a model that is not wrapped, from a forward pass on the meta device."""
-    with torch.device("meta"), SkipInitialisers():
-        net: Any = _create(architecture, Capture(), {})
-        net.reset_classifier(0, "")
-        output = _unpooled(net, torch.empty(1, architecture.in_channels, *architecture.size))
+    try:
+        with torch.inference_mode(), torch.device("meta"), SkipInitialisers():
+            net = _without_head(architecture, Capture())
+            output = _unpooled(net, torch.empty(1, architecture.in_channels, *architecture.size))
+    except CONSTRUCTOR_ERRORS as error:
+        detail = f"{architecture.entry_name} cannot be run unpooled; set it to true"
+        raise InvalidConfig("#/backbone/features_only", detail) from error
     if output.ndim == 4:
         stride = round(architecture.size[0] / output.shape[2])
         return FeatureInfo(0, "0", output.shape[1], stride, "NCHW")
@@ -717,7 +728,9 @@ class TimmBackbone(Backbone):
             return frozenset()
         behind = self._dependencies()
         if index >= 0:
-            return behind.parameters[index]
+            # A later map need not depend on all that an earlier one does (HRNet's branches have their own ends).
+            upto = (found for known, found in behind.parameters.items() if known <= index)
+            return frozenset[str]().union(*upto)
         if behind.stem is None:
             raise InvalidConfig(
                 "#/backbone/frozen_stages", f"{self.architecture.entry_name} has no separate stem"
@@ -781,8 +794,13 @@ def _dependencies(architecture: Architecture, indices: tuple[int, ...]) -> _Depe
         outputs = dependencies.forward_with_graph(twin, images, nodes)
     parameters = {int(node): dependencies.parameters_behind(outputs[node], twin.net) for node in nodes}
     entries = {index: dependencies.entries_behind(behind, twin.net) for index, behind in parameters.items()}
-    stem = dependencies.parameters_behind(entering[0], twin.net) if entering else None
-    return _Dependencies(parameters, entries, stem)
+    stem = dependencies.parameters_behind(entering[0], twin.net) if entering else _stem_by_name(twin)
+    return _Dependencies(parameters, entries, stem or None)
+
+
+def _stem_by_name(backbone: TimmBackbone) -> frozenset[str]:
+    """The parameters of the patch embedding, where timm does not say which module gives the first feature."""
+    return frozenset(name for name, full in backbone.names.items() if full.startswith(STEM_NAMES))
 
 
 @contextmanager
@@ -1010,7 +1028,7 @@ def _refuse_misfit(config: _TimmArguments, backbone: TimmBackbone, fits: _Fits, 
 
 def _needed(config: _TimmArguments, backbone: TimmBackbone, missing: Sequence[str]) -> tuple[str, ...]:
     """Those of `missing` that a selected level depends on."""
-    levels = config.levels(_description(config, backbone))
+    levels = config.levels(describe(config))
     needed = frozenset[str]().union(*(backbone.needs(level.node) for level in levels))
     return tuple(name for name in missing if name in needed)
 
@@ -1040,22 +1058,40 @@ def build(config: _TimmArguments) -> TimmBackbone:
 
 
 def describe(config: _TimmArguments) -> Description:
-    """Features and sizes: from the table, or from a network on the meta device if the config changes it."""
+    """Features and sizes: from the table, or from a network on the meta device if the config changes it.
+
+    Raises:
+        InvalidConfig: timm cannot build the model with these arguments, or what it builds does not run.
+    """
     if config.is_default():
         return config.entry().description()
     with torch.device("meta"):
-        return _description(config, build(config))
-
-
-def _description(config: _TimmArguments, backbone: TimmBackbone) -> Description:
+        backbone = build(config)
     tensors = [*backbone.parameters(), *backbone.buffers()]
     return Description(
-        features=backbone.features,
+        features=_measured(backbone),
         parameters=sum(parameter.numel() for parameter in backbone.parameters()),
         bytes=sum(math.prod(tensor.shape) * tensor.element_size() for tensor in tensors),
         in_channels=config.channels(),
         input=PreprocessDefaults(size=config.built().size),
         fixed_input=config.takes_one_size(),
+    )
+
+
+def _measured(backbone: TimmBackbone) -> tuple[FeatureInfo, ...]:
+    """The features with their shapes at the native size, from a pass on the meta device."""
+    architecture = backbone.architecture
+    nodes = [feature.node for feature in backbone.features]
+    try:
+        with torch.inference_mode(), torch.device("meta"):
+            outputs = backbone(torch.empty(1, architecture.in_channels, *architecture.size), nodes)
+    except CONSTRUCTOR_ERRORS as error:
+        if not architecture.arguments:
+            raise
+        raise _refusal(architecture, error) from error
+    shapes = (tuple(outputs[feature.node].shape[1:]) for feature in backbone.features)
+    return tuple(
+        replace(feature, shape=shape) for feature, shape in zip(backbone.features, shapes, strict=True)
     )
 
 

@@ -549,7 +549,7 @@ class TorchvisionBackbone(Backbone):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TorchvisionBackbone:
         # Extractors hold the model's buffers; moved elsewhere, the model has others.
         self._extractors.clear()
-        return cast(TorchvisionBackbone, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]  # torch's
+        return cast("TorchvisionBackbone", super()._apply(fn, recurse))  # type: ignore[no-untyped-call]  # torch's
 
     def frozen(self, freeze: Freeze) -> FreezeReport:
         """Freeze every batch norm if frozen ones were asked for; torchvision's models freeze nothing else."""

@@ -589,6 +589,7 @@ def _describe(config: VisionTransformerConfig) -> Description:
         lambda: VisionTransformer(spec),
         in_channels=spec.in_channels,
         input_defaults=PreprocessDefaults(size=spec.native_size),
+        prefix_tokens=spec.extra_tokens,
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import tokenize
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,23 @@ from service.errors import MalformedBody, TooLarge, UnsupportedMedia
 
 MAX_HEADER_BYTES = 4096
 MAGIC = b"\x93NUMPY"
+Header = tuple[tuple[int, ...], bool, np.dtype[Any]]
+
+READERS: dict[tuple[int, int], Callable[..., Header]] = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+# What numpy, and the literal parser and the tokenizer below it, raise for a header that is none.
+HEADER_ERRORS = (
+    ValueError,
+    TypeError,
+    SyntaxError,
+    LookupError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+    tokenize.TokenError,
+)
 
 
 def read_npy(data: bytes, *, max_elements: int) -> npt.NDArray[np.float32]:
@@ -21,13 +40,12 @@ def read_npy(data: bytes, *, max_elements: int) -> npt.NDArray[np.float32]:
     Nothing is allocated before the shape is known to be that of the bytes that are there; objects are never read.
 
     Raises:
-        MalformedBody: not a `.npy`, or not of this shape, or not finite.
-        UnsupportedMedia: numbers of another type.
+        MalformedBody: not a `.npy` of numbers, or not of this shape, or cut short, or longer, or not finite.
+        UnsupportedMedia: numbers of another type, or a format version other than 1.0 and 2.0.
         TooLarge: more than `max_elements` numbers.
     """
     shape, fortran_order, dtype, start = _header(data)
-    if dtype.newbyteorder("=") != np.float32:
-        raise UnsupportedMedia(f"the tensor holds {dtype.name[:32]}; send float32")
+    _check_dtype(dtype)
     _check_shape(shape, len(data) - start, max_elements)
     flat = np.frombuffer(data, dtype, offset=start)
     array = flat.reshape(shape, order="F" if fortran_order else "C")
@@ -37,36 +55,40 @@ def read_npy(data: bytes, *, max_elements: int) -> npt.NDArray[np.float32]:
     return tensor
 
 
+def _check_dtype(dtype: np.dtype[Any]) -> None:
+    if dtype.kind not in "biufc" or dtype.shape:
+        raise MalformedBody("the tensor is not an array of numbers")
+    if dtype.newbyteorder("=") != np.float32:
+        raise UnsupportedMedia(f"the tensor holds {dtype.name}; send float32")
+
+
 def _header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
     if not data.startswith(MAGIC):
         raise MalformedBody("the tensor is not a .npy file")
     stream = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(stream)
-        read = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )
-        shape, fortran_order, dtype = read(stream, max_header_size=MAX_HEADER_BYTES)
-    except (
-        ValueError,
-        TypeError,
-        SyntaxError,
-        KeyError,
-        MemoryError,
-        RecursionError,
-        OverflowError,
-    ) as error:
+    except ValueError as error:
+        raise MalformedBody("the tensor is not a .npy file") from error
+    if version not in READERS:
+        raise UnsupportedMedia("the tensor's .npy version is not 1.0 or 2.0")
+    try:
+        shape, fortran_order, dtype = READERS[version](stream, max_header_size=MAX_HEADER_BYTES)
+    except HEADER_ERRORS as error:
         raise MalformedBody("the header of the .npy cannot be read") from error
     return shape, fortran_order, dtype, stream.tell()
 
 
 def _check_shape(shape: tuple[int, ...], data_bytes: int, max_elements: int) -> None:
-    if len(shape) != 4 or any(side < 1 for side in shape):
-        raise MalformedBody(
-            f"the tensor must be [n, c, h, w], none of them 0; it has {len(shape)} dimensions"
-        )
+    if len(shape) != 4:
+        raise MalformedBody(f"the tensor must be [n, c, h, w]; it has {len(shape)} dimensions")
+    if any(type(side) is not int or side < 1 for side in shape):
+        raise MalformedBody("the tensor must be [n, c, h, w], each of them at least 1")
     elements = math.prod(shape)
+    # A shape that promises more than there is may be any number of digits long: it is not repeated.
+    if elements * 4 > data_bytes:
+        raise MalformedBody(f"the .npy is truncated: it brings {data_bytes:,} bytes and promises more")
+    if elements * 4 < data_bytes:
+        raise MalformedBody(f"the .npy promises {elements * 4:,} bytes and brings {data_bytes:,}")
     if elements > max_elements:
         raise TooLarge(f"the tensor has {elements:,} numbers; the limit is {max_elements:,}")
-    if elements * 4 != data_bytes:
-        raise MalformedBody(f"the .npy promises {elements * 4:,} bytes and brings {data_bytes:,}")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 
 from service.config.preprocess import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     PreprocessRequest,
     parse_preprocess,
     resolve_preprocess,
@@ -14,6 +12,8 @@ from service.config.preprocess import (
 from service.config.spec import PreprocessDefaults
 from service.errors import InvalidConfig
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 MMDET = {
     "type": "mmdet.DetDataPreprocessor",
     "mean": [123.675, 116.28, 103.53],
@@ -37,20 +37,34 @@ def close(numbers):
 @pytest.mark.parametrize("raw", [None, {}, {"mode": None, "size": None}])
 def test_silence_means_imagenets_own(raw):
     spec = resolve_preprocess(parse_preprocess(raw), [])
-    assert (spec.mode, spec.size, spec.crop_pct, spec.interpolation) == ("crop", (224, 224), 0.875, "bilinear")
-    assert (spec.mean, spec.std, spec.channel_order, spec.size_divisor) == (IMAGENET_MEAN, IMAGENET_STD, "rgb", 1)
+    assert (spec.mode, spec.size, spec.crop_pct, spec.interpolation) == (
+        "crop",
+        (224, 224),
+        0.875,
+        "bilinear",
+    )
+    assert (spec.mean, spec.std, spec.channel_order, spec.size_divisor) == (
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        "rgb",
+        1,
+    )
 
 
 def test_the_first_default_that_says_it_wins_and_the_request_wins_over_all():
     checkpoint = PreprocessDefaults(size=(256, 192), mean=(0.5, 0.4, 0.3))
-    architecture = PreprocessDefaults(size=(320, 320), crop_pct=0.95, interpolation="bicubic", std=(0.1, 0.2, 0.3))
+    architecture = PreprocessDefaults(
+        size=(320, 320), crop_pct=0.95, interpolation="bicubic", std=(0.1, 0.2, 0.3)
+    )
     spec = resolve_preprocess(parse_preprocess({"crop_pct": 1}), [checkpoint, architecture])
     assert (spec.size, spec.crop_pct, spec.interpolation) == ((256, 192), 1.0, "bicubic")
     assert (spec.mean, spec.std) == ((0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
 
 
 def test_defaults_are_turned_round_for_bgr():
-    spec = resolve_preprocess(parse_preprocess({"channel_order": "bgr"}), [PreprocessDefaults(mean=(0.1, 0.2, 0.3))])
+    spec = resolve_preprocess(
+        parse_preprocess({"channel_order": "bgr"}), [PreprocessDefaults(mean=(0.1, 0.2, 0.3))]
+    )
     assert spec.mean == (0.3, 0.2, 0.1)
     assert spec.std == IMAGENET_STD[::-1]
 
@@ -119,7 +133,12 @@ def test_geometry_may_stand_beside_a_data_preprocessor():
 
 
 def test_openmmlab_without_swap_sees_bgr():
-    raw = {"type": "ImgDataPreprocessor", "mean": [103.53, 116.28, 123.675], "std": [1, 1, 1], "bgr_to_rgb": False}
+    raw = {
+        "type": "ImgDataPreprocessor",
+        "mean": [103.53, 116.28, 123.675],
+        "std": [1, 1, 1],
+        "bgr_to_rgb": False,
+    }
     request = parse_preprocess(raw)
     assert request.channel_order == "bgr"
     assert request.mean == close((0.406, 0.456, 0.485))
@@ -135,7 +154,11 @@ def test_detectron2s_numbers_are_bgr_and_255_unless_it_says_rgb():
     request = parse_preprocess({"pixel_mean": [103.53, 116.28, 123.675], "pixel_std": [1.0, 1.0, 1.0]})
     assert (request.mode, request.channel_order) == ("native", "bgr")
     assert request.mean == close((0.406, 0.456, 0.485))
-    rgb = {"pixel_mean": [123.675, 116.28, 103.53], "pixel_std": [58.395, 57.12, 57.375], "input_format": "RGB"}
+    rgb = {
+        "pixel_mean": [123.675, 116.28, 103.53],
+        "pixel_std": [58.395, 57.12, 57.375],
+        "input_format": "RGB",
+    }
     assert parse_preprocess(rgb).channel_order == "rgb"
     assert parse_preprocess(rgb | {"mode": "crop", "size": 224}).mode == "crop"
 

@@ -65,7 +65,9 @@ def test_what_is_not_a_number_is_malformed(descr):
         read_npy(with_header(header_of("(1, 1, 1, 1)", descr), b"\0" * 8), max_elements=LIMIT)
 
 
-@pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data[:-40], lambda data: data + b"\0"])
+@pytest.mark.parametrize(
+    "change", [lambda data: data[:-1], lambda data: data[:-40], lambda data: data + b"\0"]
+)
 def test_missing_and_trailing_bytes_are_malformed(tensor, change):
     with pytest.raises(MalformedBody):
         read_npy(change(npy(tensor)), max_elements=LIMIT)
@@ -130,7 +132,7 @@ def test_unknown_versions_are_not_served(tensor):
 
 
 def test_more_numbers_than_allowed_are_too_large(tensor):
-    with pytest.raises(TooLarge, match="120 numbers, more than 119"):
+    with pytest.raises(TooLarge, match="120 numbers; the limit is 119"):
         read_npy(npy(tensor), max_elements=119)
     assert read_npy(npy(tensor), max_elements=120).shape == tensor.shape
 
@@ -142,13 +144,18 @@ def test_nan_and_infinity_are_named(tensor, value):
         read_npy(npy(tensor), max_elements=LIMIT)
 
 
+def outcome_of(data):
+    try:
+        return read_npy(data, max_elements=LIMIT)
+    except ServiceError as error:
+        return error
+
+
 def test_a_mutated_file_is_read_or_refused(tensor):
     original, rng = npy(tensor), np.random.default_rng(1)
     for _ in range(500):
         data = bytearray(original)
         for position in rng.integers(0, 140, rng.integers(1, 4)):
             data[position] = rng.integers(0, 256)
-        try:
-            assert read_npy(bytes(data), max_elements=LIMIT).ndim == 4
-        except ServiceError as error:
-            assert isinstance(error, (MalformedBody, UnsupportedMedia, TooLarge))
+        outcome = outcome_of(bytes(data))
+        assert isinstance(outcome, (np.ndarray, MalformedBody, UnsupportedMedia, TooLarge))
