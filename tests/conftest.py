@@ -70,7 +70,12 @@ Serve = Callable[..., RunningService]
 
 def settings_for(folder: Path, **given: Any) -> Settings:
     """Settings that leave nothing of the machine in."""
-    defaults = {"config_dir": ROOT / "model_configs", "checkpoint_dir": folder, "device": "cpu", "model_budget": "4000000000"}
+    defaults = {
+        "config_dir": ROOT / "model_configs",
+        "checkpoint_dir": folder,
+        "device": "cpu",
+        "model_budget": "4000000000",
+    }
     return Settings(**{**defaults, **given})
 
 
@@ -131,7 +136,9 @@ def npy(array: np.ndarray) -> bytes:
     return sink.getvalue()
 
 
-def multipart(config: Any, image: bytes | None = None, tensor: np.ndarray | None = None, **parts: Any) -> dict[str, Any]:
+def multipart(
+    config: Any, image: bytes | None = None, tensor: np.ndarray | None = None, **parts: Any
+) -> dict[str, Any]:
     """Keyword arguments of `httpx.Client.post` for a multipart request."""
     import orjson
 

@@ -268,7 +268,7 @@ class Backbone(nn.Module):
         return frozenset(self.state_dict())
 
 
-def _no_names(type: str) -> Sequence[str]:
+def _no_names(_type: str) -> Sequence[str]:
     return ()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+
 from tests.conftest import RunningService, Serve, multipart
 
 RESNET18 = {"type": "ResNet", "depth": 18, "out_indices": [3]}
@@ -214,7 +215,7 @@ def test_few_models_stay_within_a_small_budget(serve: Serve) -> None:
         "type": "ResNet",
         "depth": 18,
         "base_channels": width,
-    }  # noqa: E731
+    }
     for width in range(32, 44):
         assert ask(service, make(width)).status_code == 200
         budget = service.http.get("/models").json()["budget"]

@@ -13,10 +13,16 @@ import orjson
 import pyarrow as pa
 import pytest
 import safetensors.numpy
+
 from tests.conftest import encoded, multipart, npy
 
 RESNET18 = {"type": "ResNet", "depth": 18, "out_indices": [0, 1, 2, 3], "frozen_stages": 1}
-TINY_VIT = {"type": "mmpretrain.VisionTransformer", "arch": "deit-tiny", "out_type": "raw", "out_indices": [11]}
+TINY_VIT = {
+    "type": "mmpretrain.VisionTransformer",
+    "arch": "deit-tiny",
+    "out_type": "raw",
+    "out_indices": [11],
+}
 BINARY = ("application/x-npz", "application/vnd.safetensors", "application/vnd.apache.arrow.stream")
 
 
@@ -49,7 +55,9 @@ def test_the_first_curl_of_the_readme(http: httpx.Client, photo: bytes) -> None:
     assert [level["name"] for level in body["levels"]] == ["0", "1", "2", "3"]
     assert {level["layout"] for level in body["levels"]} == {"NCHW"}
     assert set(body["levels"][0]["stats"]) == {"min", "max", "mean", "std"}
-    assert body["images"] == [{"width": 500, "height": 375, "format": "JPEG", "input": [224, 224], "valid": [224, 224]}]
+    assert body["images"] == [
+        {"width": 500, "height": 375, "format": "JPEG", "input": [224, 224], "valid": [224, 224]}
+    ]
     assert body["model"]["weights"]["source"] == "random"
     assert body["model"]["frozen"] == {"stages": 1, "parameters": 33, "of": 159}
     assert set(body["timings_ms"]) == {"load", "decode", "queue", "forward", "encode"}
@@ -61,7 +69,9 @@ def test_three_ways_in_give_the_same_levels(http: httpx.Client, photo: bytes) ->
     body = {"backbone": RESNET18, "images": [{"base64": base64.b64encode(photo).decode()}]}
     as_json = http.post("/features", json=body).json()["levels"]
     query = urllib.parse.urlencode({"backbone": orjson.dumps(RESNET18).decode()})
-    as_raw = http.post(f"/features?{query}", content=photo, headers={"Content-Type": "image/jpeg"}).json()["levels"]
+    as_raw = http.post(f"/features?{query}", content=photo, headers={"Content-Type": "image/jpeg"}).json()[
+        "levels"
+    ]
     assert as_parts == as_json == as_raw
 
 
@@ -73,12 +83,18 @@ def test_a_tensor_comes_in_by_part_and_as_raw_body(http: httpx.Client) -> None:
     assert as_part.json()["levels"] == raw.json()["levels"]
     assert as_part.json()["levels"][3]["shape"] == [2, 512, 2, 2]
     assert as_part.json()["images"][1] == {
-        "width": 64, "height": 64, "format": "tensor", "input": [64, 64], "valid": [64, 64],
+        "width": 64,
+        "height": 64,
+        "format": "tensor",
+        "input": [64, 64],
+        "valid": [64, 64],
     }
 
 
 @pytest.mark.parametrize("accept", BINARY)
-def test_every_format_carries_the_same_arrays_and_description(http: httpx.Client, photo: bytes, accept: str) -> None:
+def test_every_format_carries_the_same_arrays_and_description(
+    http: httpx.Client, photo: bytes, accept: str
+) -> None:
     expected = arrays_of(post(http, RESNET18, image=photo, **{"return": "tensors"}))
     found = arrays_of(post(http, RESNET18, accept, image=photo))
     assert sorted(found) == ["0", "1", "2", "3"]
@@ -104,7 +120,9 @@ def test_base64_tensors_in_json_are_the_same_numbers(http: httpx.Client, photo: 
 @pytest.mark.parametrize("pool", ["avg", "max", "gem"])
 def test_pooling_is_over_the_map(http: httpx.Client, photo: bytes, pool: str) -> None:
     full = arrays_of(post(http, RESNET18, BINARY[1], image=photo))["3"].astype(np.float64)
-    level = post(http, {**RESNET18, "out_indices": [3]}, image=photo, pool=pool, **{"return": "tensors"}).json()
+    level = post(
+        http, {**RESNET18, "out_indices": [3]}, image=photo, pool=pool, **{"return": "tensors"}
+    ).json()
     expected = {
         "avg": full.mean((2, 3)),
         "max": full.max((2, 3)),
@@ -177,7 +195,10 @@ def test_a_map_with_its_class_token_is_two_levels(http: httpx.Client, photo: byt
     config = {"type": "mmcls.VisionTransformer", "arch": "deit-tiny", "out_indices": [5, 11]}
     levels = post(http, config, image=photo).json()["levels"]
     assert [(level["name"], level["layout"]) for level in levels] == [
-        ("5", "NCHW"), ("5.cls", "NC"), ("11", "NCHW"), ("11.cls", "NC"),
+        ("5", "NCHW"),
+        ("5.cls", "NC"),
+        ("11", "NCHW"),
+        ("11.cls", "NC"),
     ]
 
 
@@ -242,7 +263,11 @@ def test_every_reply_says_who_answered_and_how_long_it_took(http: httpx.Client, 
     reply = post(http, RESNET18, image=photo, headers={"X-Request-ID": "my-id.1"})
     assert reply.headers["x-request-id"] == "my-id.1"
     assert {part.split(";")[0] for part in reply.headers["server-timing"].split(", ")} == {
-        "load", "decode", "queue", "forward", "encode",
+        "load",
+        "decode",
+        "queue",
+        "forward",
+        "encode",
     }
     forged = http.get("/version", headers={"X-Request-ID": "no spaces here"})
     assert forged.headers["x-request-id"] != "no spaces here"
@@ -258,10 +283,22 @@ def test_variants_share_one_model(http: httpx.Client, photo: bytes) -> None:
 
 
 def test_bgr_and_scaled_means_are_the_same_tensor(http: httpx.Client, photo: bytes) -> None:
-    ours = {"mode": "native", "mean": [0.406, 0.456, 0.485], "std": [0.225, 0.224, 0.229], "channel_order": "bgr"}
+    ours = {
+        "mode": "native",
+        "mean": [0.406, 0.456, 0.485],
+        "std": [0.225, 0.224, 0.229],
+        "channel_order": "bgr",
+    }
     scaled = {**ours, "mean": [103.53, 116.28, 123.675], "std": [57.375, 57.12, 58.395]}
-    theirs = {"pixel_mean": [103.53, 116.28, 123.675], "pixel_std": [57.375, 57.12, 58.395], "input_format": "BGR"}
+    theirs = {
+        "pixel_mean": [103.53, 116.28, 123.675],
+        "pixel_std": [57.375, 57.12, 58.395],
+        "input_format": "BGR",
+    }
     config = {**RESNET18, "out_indices": [0]}
-    found = [arrays_of(post(http, config, BINARY[1], image=photo, preprocess=spec))["0"] for spec in (ours, scaled, theirs)]
+    found = [
+        arrays_of(post(http, config, BINARY[1], image=photo, preprocess=spec))["0"]
+        for spec in (ours, scaled, theirs)
+    ]
     for other in found[1:]:
         assert np.linalg.norm(other - found[0]) / np.linalg.norm(found[0]) < 1e-5

@@ -77,7 +77,9 @@ def test_a_batch_holds_no_more_images_than_it_may_and_a_larger_job_runs_alone(ma
     batcher = make(max_batch=4, queue_size=100)
     first = batcher.submit(job("0"))
     assert recorder.running.wait(10)
-    futures = [batcher.submit(job(name, images=size)) for name, size in (("x", 3), ("y", 2), ("big", 9), ("z", 1))]
+    futures = [
+        batcher.submit(job(name, images=size)) for name, size in (("x", 3), ("y", 2), ("big", 9), ("z", 1))
+    ]
     recorder.go_on.set()
     for future in (first, *futures):
         future.result(10)

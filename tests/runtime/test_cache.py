@@ -29,7 +29,11 @@ def executor() -> Iterator[ThreadPoolExecutor]:
 def make(executor: ThreadPoolExecutor) -> Callable[..., ModelCache[Model]]:
     def build(budget: int = 100, residency_s: float = 0.0, wait_s: float = 0.2) -> ModelCache[Model]:
         return ModelCache(
-            budget_bytes=budget, min_residency_s=residency_s, executor=executor, released=gc.collect, wait_s=wait_s
+            budget_bytes=budget,
+            min_residency_s=residency_s,
+            executor=executor,
+            released=gc.collect,
+            wait_s=wait_s,
         )
 
     return build
