@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -134,7 +134,7 @@ def raw_request(service: RunningService) -> socket.socket:
     request = service.http.build_request("POST", "/features", **multipart(RESNET18, tensor=IMAGE))
     body = request.read()
     head = [f"POST /features HTTP/1.1\r\nHost: {request.url.netloc.decode()}"]
-    head += [f"{name}: {value}" for name, value in request.headers.items() if name in ("content-type",)]
+    head += [f"{name}: {value}" for name, value in request.headers.items() if name == "content-type"]
     head += [f"Content-Length: {len(body)}", "", ""]
     connection = socket.create_connection(("127.0.0.1", request.url.port))
     connection.sendall("\r\n".join(head).encode() + body)
@@ -211,13 +211,8 @@ def asyncio_done(service: RunningService) -> None:
 
 def test_few_models_stay_within_a_small_budget(serve: Serve) -> None:
     service = serve(model_budget="60000000", min_residency=0)
-    make: Callable[[int], dict[str, Any]] = lambda width: {
-        "type": "ResNet",
-        "depth": 18,
-        "base_channels": width,
-    }
     for width in range(32, 44):
-        assert ask(service, make(width)).status_code == 200
+        assert ask(service, {**RESNET18, "base_channels": width}).status_code == 200
         budget = service.http.get("/models").json()["budget"]
         assert budget["used"] <= budget["bytes"]
     assert "backbone_model_evictions 0.0" not in service.http.get("/metrics").text
