@@ -15,7 +15,8 @@ from service.images.decode import DecodedImage
 ByteImage = npt.NDArray[np.uint8]
 FloatImage = npt.NDArray[np.float32]
 Size = tuple[int, int]
-# A very long image is cut to what the crop shows before it is resized; below this nothing is cut.
+Window = tuple[int, int, int, int]
+# A thin image is not resized as a whole before it is cropped: at 224 pixels 1x30000 would become 256x7680000.
 MAX_RESIZED_PIXELS = 50_000_000
 
 FILTERS = {
@@ -64,31 +65,46 @@ def _resized(image: DecodedImage, spec: PreprocessSpec) -> ByteImage:
 def _cropped(image: DecodedImage, spec: PreprocessSpec) -> ByteImage:
     """Resize so that `size / crop_pct` is just covered, then cut `size` from the middle.
 
-    For a square size this is torchvision's Resize of the short side and CenterCrop, and timm's evaluation
-    transform: the short side becomes floor(size / crop_pct), the long side is truncated, the offsets rounded.
+    The offsets round as torchvision's CenterCrop does. Where the whole resized image would be too large, only
+    the window is computed: the same filter over the same pixels, equal but for what Pillow rounds between passes.
     """
     assert spec.size is not None
-    height, width = image.rgb.shape[:2]
-    covered = [int(side / spec.crop_pct) for side in spec.size]
-    if covered[0] / height >= covered[1] / width:
-        target = (covered[0], max(int(width * covered[0] / height), spec.size[1]))
-    else:
-        target = (max(int(height * covered[1] / width), spec.size[0]), covered[1])
-    if target[0] * target[1] > MAX_RESIZED_PIXELS:
-        return _cropped(_middle(image, target, spec.size), spec)
-    resized = _resize(image.rgb, target, spec.interpolation)
+    edges = int(spec.size[0] / spec.crop_pct), int(spec.size[1] / spec.crop_pct)
+    target = _covering((image.height, image.width), edges)
     top, left = (round((full - kept) / 2.0) for full, kept in zip(target, spec.size, strict=True))
-    return resized[top : top + spec.size[0], left : left + spec.size[1]]
+    window = (top, left, top + spec.size[0], left + spec.size[1])
+    if target[0] * target[1] > MAX_RESIZED_PIXELS:
+        return _resized_window(image, target, window, spec)
+    resized = _resize(image.rgb, target, spec.interpolation)
+    return resized[window[0] : window[2], window[1] : window[3]]
 
 
-def _middle(image: DecodedImage, target: Size, size: Size) -> DecodedImage:
-    """The part of an extremely long image that its centre crop can see, with as much again on either side."""
-    height, width = image.rgb.shape[:2]
-    kept_h = min(height, -(-height * size[0] * 3 // target[0]))
-    kept_w = min(width, -(-width * size[1] * 3 // target[1]))
-    top, left = (height - kept_h) // 2, (width - kept_w) // 2
-    rgb = np.ascontiguousarray(image.rgb[top : top + kept_h, left : left + kept_w])
-    return DecodedImage(rgb, kept_w, kept_h, image.format)
+def _covering(size: Size, edges: Size) -> Size:
+    """[height, width] of an image that is scaled until it covers `edges`, its aspect kept.
+
+    Square edges round as torchvision's `Resize(int)` does, others as timm's `ResizeKeepRatio`.
+    """
+    height, width = size
+    if edges[0] == edges[1]:
+        edge = edges[0]
+        return (edge, int(edge * width / height)) if height <= width else (int(edge * height / width), edge)
+    ratio = min(height / edges[0], width / edges[1])
+    return round(height / ratio), round(width / ratio)
+
+
+def _resized_window(image: DecodedImage, target: Size, window: Window, spec: PreprocessSpec) -> ByteImage:
+    """What `window` (top, left, bottom, right) shows of the image resized to `target`, without the rest of it."""
+    assert spec.size is not None
+    y_scale, x_scale = image.height / target[0], image.width / target[1]
+    top, left, bottom, right = window
+    box = (
+        left * x_scale,
+        top * y_scale,
+        min(right * x_scale, image.width),
+        min(bottom * y_scale, image.height),
+    )
+    size = (spec.size[1], spec.size[0])
+    return np.asarray(Image.fromarray(image.rgb).resize(size, FILTERS[spec.interpolation], box=box))
 
 
 def _resize(rgb: ByteImage, size: Size, interpolation: str) -> ByteImage:

@@ -213,7 +213,7 @@ def test_detectron2s_numbers_are_bgr_and_255_unless_it_says_rgb():
         ({"pixel_mean": [1, 2]}, "#/preprocess/pixel_mean"),
         ({"pixel_mean": [1, 2, 3], "input_format": "YUV"}, "#/preprocess/input_format"),
         ({"pixel_mean": [1, 2, 3], "mean": [1, 2, 3]}, "#/preprocess/mean"),
-        ({1: 2}, "#/preprocess"),
+        ({1: 2}, "#/preprocess/1"),
     ],
 )
 def test_what_is_wrong_is_named_by_its_pointer(raw, pointer):
