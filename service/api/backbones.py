@@ -13,8 +13,8 @@ from service.api.openapi import INSPECT_OPERATION, JSON_REPLY
 from service.api.reply import json_reply
 from service.api.state import client, engine_of, while_connected
 from service.errors import InvalidConfig
+from service.runtime.engine import Engine
 from service.runtime.inspect import inspection, list_types, type_page
-from service.runtime.plan import Planner
 
 router = APIRouter(tags=["backbones"], dependencies=[Depends(client)])
 MAX_PAGE = 2000
@@ -57,13 +57,15 @@ async def post_inspect(request: Request) -> Response:
     """Levels, parameters, bytes and frozen names of a config; no weights are made and no image is needed."""
     body = await read_json_object(request, ("backbone", "neck", "input_size"), required="backbone")
     size = _input_size(body.get("input_size"))
-    engine = engine_of(request)
-    found = engine.planning(_inspected, engine.planner, body["backbone"], body.get("neck"), size)
+    found = _inspected(engine_of(request), body["backbone"], body.get("neck"), size)
     return json_reply(await while_connected(request, found))
 
 
-def _inspected(planner: Planner, backbone: Any, neck: Any, size: tuple[int, int] | None) -> dict[str, Any]:
-    return inspection(planner, planner.plan(backbone, neck), size)
+async def _inspected(
+    engine: Engine, backbone: Any, neck: Any, size: tuple[int, int] | None
+) -> dict[str, Any]:
+    plan = await engine.plan(backbone, neck)
+    return await engine.planning(inspection, engine.planner, plan, size)
 
 
 def _input_size(raw: Any) -> tuple[int, int] | None:

@@ -31,9 +31,10 @@ from service.runtime.device import (
     pick_device,
     return_freed_memory,
 )
+from service.runtime.hub_models import is_hub_model, with_architecture
 from service.runtime.intake import Batch, Intake, Limits
 from service.runtime.model import LoadedModel, Precision, build_model, model_id
-from service.runtime.plan import LevelShape, Plan, Planner, pooled_fact, pooled_shapes
+from service.runtime.plan import SIZE_ERRORS, LevelShape, Plan, Planner, pooled_fact, pooled_shapes
 from service.runtime.postprocess import Pool, refuse_pool
 from service.runtime.threads import on_thread, until
 from service.runtime.work import DeviceRunner, Done, Work, WorkJob
@@ -130,6 +131,8 @@ class Engine:
 
     async def plan(self, backbone: Any, neck: Any = None, preprocess: Any = None) -> Plan:
         """A config resolved; see `Planner.plan`."""
+        if is_hub_model(backbone):
+            backbone = await on_thread(self._fetches, with_architecture, backbone, self.store)
         return await self.planning(self.planner.plan, backbone, neck, preprocess)
 
     async def planning(self, function: Callable[P, T], *arguments: P.args, **keywords: P.kwargs) -> T:
@@ -190,7 +193,10 @@ class Engine:
         """What the levels will be. What cannot run is refused here, before a model is loaded for it."""
         plan = prepared.plan
         height, width = batch.images.shape[2:]
-        exact = prepared.query.tensor is not None or prepared.spec.mode != "native"
+        made_for = plan.input_size
+        # A small image may be too small for some of the levels only, and would fail its neighbours in the batch.
+        is_small = height < made_for[0] or width < made_for[1]
+        exact = is_small or prepared.query.tensor is not None or prepared.spec.mode != "native"
         measure = self.planner.levels_at if exact else self.planner.levels_near
         levels = await self.planning(measure, plan, (height, width))
         refuse_pool(prepared.query.pool, [level.fact for level in levels], plan.description.prefix_tokens)
@@ -216,7 +222,13 @@ class Engine:
         group = (model.id, batch.images.shape[1:], query.precision)
         job: WorkJob = WorkJob(group, len(batch.infos), work, prepared.deadline)
         self.batcher.submit(job)
-        return await asyncio.wrap_future(job.future)
+        try:
+            return await asyncio.wrap_future(job.future)
+        except SIZE_ERRORS:
+            height, width = batch.images.shape[2:]
+            # Says so if it is the size that the architecture does not take; any other failure is ours.
+            await self.planning(self.planner.levels_at, plan, (height, width))
+            raise
 
     # --- models ---------------------------------------------------------------------------------
 

@@ -25,6 +25,8 @@ DESCRIPTIONS_KEPT = 2048
 SHAPES_KEPT = 4096
 META_KEPT = 8
 NOTHING_FROZEN = Freeze()
+# What networks raise for an input of a size that they do not take.
+SIZE_ERRORS = (RuntimeError, AssertionError, ValueError, IndexError, NotImplementedError)
 
 
 class Lru(Generic[T]):
@@ -192,7 +194,7 @@ class Planner:
         try:
             with torch.device("meta"), torch.inference_mode():
                 found = backbone(torch.empty((1, plan.description.in_channels, *size)), plan.nodes)
-        except (RuntimeError, AssertionError, ValueError, IndexError, NotImplementedError) as error:
+        except SIZE_ERRORS as error:
             raise size_refused(plan, size) from error
         features = {feature.node: feature for feature in plan.description.features}
         return tuple(
