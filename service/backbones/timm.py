@@ -14,7 +14,6 @@ import logging
 import math
 import re
 import threading
-import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -219,6 +218,9 @@ class _TimmArguments(BackboneConfig):
         if dumped.get("norm_layer") == FROZEN_BATCH_NORM:
             # Its numbers are those of the model's own norms in eval mode, and few timm models build with it.
             del dumped["norm_layer"]
+        if self.img_size is not None:
+            height, width = self._size()
+            dumped["img_size"] = height if height == width else (height, width)
         return dumped
 
     def is_default(self) -> bool:
@@ -383,7 +385,8 @@ def _pretrained_cfg(name: str) -> Any:
 def _hub_name(name: str) -> str:
     """Where the weights of a tag are: `hf-hub:<repository>` with the file, if it is not the usual one."""
     cfg = _pretrained_cfg(name)
-    if cfg is None or not cfg.hf_hub_id or cfg.custom_load:
+    # "hf" marks files that are arrays of another framework.
+    if cfg is None or not cfg.hf_hub_id or (cfg.custom_load == "hf" and cfg.hf_hub_filename):
         raise InvalidConfig("#/backbone/pretrained", f"timm has no weights on the hub for {name}")
     return f"hf-hub:{cfg.hf_hub_id}" + (f"/{cfg.hf_hub_filename}" if cfg.hf_hub_filename else "")
 
@@ -544,10 +547,8 @@ def _create(architecture: Architecture, capture: Capture, features: Mapping[str,
     token = _CAPTURE.set(capture)
     arguments = _constructor_arguments(architecture)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # `pretrained` is what makes timm call the function that `capture` listens to.
-            net: nn.Module = timm.create_model(architecture.name, pretrained=True, **features, **arguments)
+        # `pretrained` is what makes timm call the function that `capture` listens to.
+        net: nn.Module = timm.create_model(architecture.name, pretrained=True, **features, **arguments)
     except CONSTRUCTOR_ERRORS as error:
         if not arguments:
             raise

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import re
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -293,9 +292,7 @@ def _create(architecture: Architecture) -> nn.Module:
     _let_regnet_count()
     arguments = _builder_arguments(architecture)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            net: nn.Module = get_model(architecture.name, weights=None, **arguments)
+        net: nn.Module = get_model(architecture.name, weights=None, **arguments)
     except CONSTRUCTOR_ERRORS as error:
         if not architecture.arguments:
             raise
@@ -345,7 +342,7 @@ def _let_regnet_count() -> None:
         BlockParams.counted_on_cpu = True
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def twin(architecture: Architecture) -> TorchvisionBackbone:
     """The model on the meta device: for shapes, dependencies and its graph."""
     with torch.inference_mode(False), torch.device("meta"), SkipInitialisers():
