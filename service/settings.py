@@ -5,10 +5,12 @@ from __future__ import annotations
 import ipaddress
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AliasChoices, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+HUB = "https://huggingface.co"
 LIBRARY_HOSTS = (
     "download.openmmlab.com",
     "download.pytorch.org",
@@ -31,7 +33,9 @@ def _words(value: object) -> object:
 class Settings(BaseSettings):
     """Everything an operator can set; see `backbone-service serve --help`."""
 
-    model_config = SettingsConfigDict(env_prefix="BACKBONE_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="BACKBONE_", extra="ignore", frozen=True, populate_by_name=True
+    )
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
@@ -46,7 +50,9 @@ class Settings(BaseSettings):
         (), description="where a host's files are really fetched: host=base-url, comma separated"
     )
     hub_endpoint: str = Field(
-        "https://huggingface.co", validation_alias="HF_ENDPOINT", description="the model hub (HF_ENDPOINT)"
+        HUB,
+        validation_alias=AliasChoices("BACKBONE_HUB_ENDPOINT", "HF_ENDPOINT"),
+        description="the model hub; HF_ENDPOINT is understood too",
     )
     max_checkpoint_bytes: int = Field(8 * 2**30, ge=1, description="largest checkpoint that is downloaded")
     download_timeout: float = Field(600.0, gt=0, description="seconds that one checkpoint download may take")
@@ -61,7 +67,7 @@ class Settings(BaseSettings):
     model_budget: str = Field(
         "70%",
         pattern=r"^\d+(\.\d+)?%$|^\d+$",
-        description="bytes, or percent of the free memory, that models may take",
+        description="bytes that models may take, or percent of the free memory such as 70%",
     )
     min_residency: float = Field(
         1.0, ge=0, description="seconds a model stays in memory before it may be evicted"
@@ -103,6 +109,12 @@ class Settings(BaseSettings):
                 f"{self.host}; set keys, or BACKBONE_ALLOW_ANONYMOUS=1 if a gateway in front of it checks who asks"
             )
         return self
+
+    @property
+    def allowed_hosts(self) -> frozenset[str]:
+        """Hosts a checkpoint may come from; a hub that the operator has chosen is one of them."""
+        chosen = {urlsplit(self.hub_endpoint).hostname or ""} if self.hub_endpoint != HUB else set()
+        return frozenset((*self.checkpoint_hosts, *chosen))
 
     @property
     def mirrors(self) -> dict[str, str]:

@@ -54,6 +54,10 @@ class RunningService:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop as on a signal: requests in flight are answered first."""
         self.http.close()
         self._server.should_exit = True
         self._thread.join(60)

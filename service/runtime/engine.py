@@ -126,13 +126,24 @@ class Engine:
             spec = resolve_preprocess(parse_preprocess(plan.preprocess), defaults)
             file = await self._weights_file(plan)
         identity = model_id(plan.config, plan.weights, file)
-        fingerprint = _fingerprint(query, plan, spec, identity, extra)
+        fingerprint = await on_thread(self._codecs, _fingerprint, query, plan, spec, identity, extra)
         return Prepared(query, plan, spec, file, identity, fingerprint, deadline)
 
     async def plan(self, backbone: Any, neck: Any = None, preprocess: Any = None) -> Plan:
-        """A config resolved; see `Planner.plan`."""
+        """A config, or the name of one, resolved.
+
+        Raises:
+            UnknownBackbone, UnknownConfig, InvalidConfig: what is wrong and where.
+        """
+        if isinstance(backbone, str):
+            named = on_thread(self._codecs, self.planner.named, backbone, neck, preprocess)
+            backbone, neck, preprocess = await named
         if is_hub_model(backbone):
             backbone = await on_thread(self._fetches, with_architecture, backbone, self.store)
+        # A config that is known does not wait behind one that must be built on the meta device.
+        known = self.planner.known(backbone, neck, preprocess)
+        if known is not None:
+            return known
         return await self.planning(self.planner.plan, backbone, neck, preprocess)
 
     async def planning(self, function: Callable[P, T], *arguments: P.args, **keywords: P.kwargs) -> T:
@@ -198,7 +209,9 @@ class Engine:
         is_small = height < made_for[0] or width < made_for[1]
         exact = is_small or prepared.query.tensor is not None or prepared.spec.mode != "native"
         measure = self.planner.levels_at if exact else self.planner.levels_near
-        levels = await self.planning(measure, plan, (height, width))
+        levels = self.planner.known_levels(plan, (height, width))
+        if levels is None:
+            levels = await self.planning(measure, plan, (height, width))
         refuse_pool(prepared.query.pool, [level.fact for level in levels], plan.description.prefix_tokens)
         return levels
 
@@ -391,7 +404,7 @@ class _Clock:
 def _checkpoint_store(settings: Settings) -> CheckpointStore:
     return CheckpointStore(
         settings.checkpoint_dir,
-        hosts=frozenset(settings.checkpoint_hosts),
+        hosts=settings.allowed_hosts,
         mirrors=settings.mirrors,
         hub_endpoint=settings.hub_endpoint,
         max_bytes=settings.max_checkpoint_bytes,

@@ -116,4 +116,7 @@ def inspect_offline(
         ServiceError: the config is not valid.
     """
     planner = Planner(backbone_registry(), neck_registry(), ConfigCatalogue(Path(config_dir)))
-    return inspection(planner, planner.plan(backbone, neck), size)
+    preprocess = None
+    if isinstance(backbone, str):
+        backbone, neck, preprocess = planner.named(backbone, neck, preprocess)
+    return inspection(planner, planner.plan(backbone, neck, preprocess), size)

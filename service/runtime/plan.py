@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import threading
 from collections import OrderedDict
@@ -9,6 +10,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
+import orjson
 import torch
 from pydantic import ValidationError
 
@@ -21,6 +23,7 @@ from service.necks.base import LevelFacts, Neck, NeckConfig, NeckFamily
 from service.validation import invalid
 
 T = TypeVar("T")
+PLANS_KEPT = 2048
 DESCRIPTIONS_KEPT = 2048
 SHAPES_KEPT = 4096
 META_KEPT = 8
@@ -37,12 +40,18 @@ class Lru(Generic[T]):
         self._kept: OrderedDict[Hashable, T] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The value of `key`, made if it is not there."""
+    def peek(self, key: Hashable) -> T | None:
+        """The value of `key`, if it is there; costs next to nothing."""
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
-                return self._kept[key]
+            return self._kept.get(key)
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The value of `key`, made if it is not there."""
+        known = self.peek(key)
+        if known is not None:
+            return known
         value = make()
         with self._lock:
             self._kept[key] = value
@@ -86,21 +95,35 @@ class Planner:
         self.backbones = backbones
         self.necks = necks
         self.catalogue = catalogue
+        self._plans: Lru[Plan] = Lru(PLANS_KEPT)
         self._descriptions: Lru[Description] = Lru(DESCRIPTIONS_KEPT)
         self._meta: Lru[Backbone] = Lru(META_KEPT)
         self._shapes: Lru[tuple[LevelShape, ...]] = Lru(SHAPES_KEPT)
         self._necks: Lru[Neck] = Lru(META_KEPT)
         self._reports: Lru[FreezeReport] = Lru(SHAPES_KEPT)
 
-    def plan(self, backbone: Any, neck: Any = None, preprocess: Any = None) -> Plan:
-        """Resolve a config, or the name of one; a neck or preprocess given beside a name goes before its own.
+    def named(self, name: str, neck: Any, preprocess: Any) -> tuple[Any, Any, Any]:
+        """A named config as backbone, neck and preprocess; what is given beside the name goes before its own.
 
         Raises:
-            UnknownBackbone, UnknownConfig, InvalidConfig: what is wrong and where.
+            UnknownConfig, InvalidConfig: there is none of this name, or its file cannot be read.
         """
-        if isinstance(backbone, str):
-            named = self.catalogue.load(backbone, pointer="#/backbone")
-            backbone, neck, preprocess = _completed(named, neck, preprocess)
+        return _completed(self.catalogue.load(name, pointer="#/backbone"), neck, preprocess)
+
+    def known(self, backbone: Any, neck: Any = None, preprocess: Any = None) -> Plan | None:
+        """The plan of a config that was resolved before; costs no more than to look."""
+        return self._plans.peek(_digest(backbone, neck, preprocess))
+
+    def plan(self, backbone: Any, neck: Any = None, preprocess: Any = None) -> Plan:
+        """Resolve a config.
+
+        Raises:
+            UnknownBackbone, InvalidConfig: what is wrong and where.
+        """
+        key = _digest(backbone, neck, preprocess)
+        return self._plans.get(key, lambda: self._planned(backbone, neck, preprocess))
+
+    def _planned(self, backbone: Any, neck: Any, preprocess: Any) -> Plan:
         resolved = self.backbones.resolve(json_type(backbone, pointer="#/backbone"))
         config = _configure(resolved, backbone)
         description = self.describe(resolved.family, config)
@@ -148,14 +171,17 @@ class Planner:
         key = (plan.config.key(), plan.freeze)
         return self._reports.get(key, lambda: self.meta_backbone(plan).frozen(plan.freeze))
 
+    def known_levels(self, plan: Plan, size: tuple[int, int]) -> tuple[LevelShape, ...] | None:
+        """What `levels_at` found before; costs no more than to look."""
+        return self._shapes.peek(_shape_key(plan, size))
+
     def levels_at(self, plan: Plan, size: tuple[int, int]) -> tuple[LevelShape, ...]:
         """What every level of one image is at an input of [height, width].
 
         Raises:
             InvalidConfig: this backbone does not take this size, or the neck does not take these levels.
         """
-        key = (plan.config.key(), plan.levels, plan.neck_config, size)
-        return self._shapes.get(key, lambda: self._measure(plan, size))
+        return self._shapes.get(_shape_key(plan, size), lambda: self._measure(plan, size))
 
     def levels_near(self, plan: Plan, size: tuple[int, int]) -> tuple[LevelShape, ...]:
         """What every level is about, at a size that is not worth building the architecture for.
@@ -274,6 +300,15 @@ def _levels_of_table(plan: Plan, size: tuple[int, int]) -> tuple[LevelShape, ...
             return None
         levels.append(level_shape(level, (1, *feature.shape), size, feature))
     return tuple(levels)
+
+
+def _digest(*parts: Any) -> bytes:
+    """A short key for raw configs, which may be long; equal for equal JSON."""
+    return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).digest()
+
+
+def _shape_key(plan: Plan, size: tuple[int, int]) -> Hashable:
+    return plan.config.key(), plan.levels, plan.neck_config, size
 
 
 def _completed(named: NamedConfig, neck: Any, preprocess: Any) -> tuple[Mapping[str, Any], Any, Any]:

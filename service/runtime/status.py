@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 
 import torch
 
+from service.version import service_version
+
 LIBRARIES = ("torch", "timm", "torchvision")
-
-
-def service_version() -> str:
-    """The version of the installed distribution; `0+source` when run from a tree that is not installed."""
-    try:
-        return version("backbone-service")
-    except PackageNotFoundError:
-        return "0+source"
 
 
 def versions(device: torch.device) -> dict[str, str]:

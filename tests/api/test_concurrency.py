@@ -153,9 +153,10 @@ def test_nothing_is_left_of_requests_whose_clients_left(serve: Serve) -> None:
     for _ in range(200):
         raw_request(service).close()
     assert ask(service, RESNET18).status_code == 200
-    entries = list(service.engine.cache)
-    assert [entry.leases for entry in entries] == [0]
-    assert service.engine.batcher.waiting_images == 0
+    engine = service.engine
+    service.stop()
+    assert [entry.leases for entry in engine.cache] == [0]
+    assert engine.batcher.waiting_images == 0
 
 
 def test_a_model_in_use_is_unloaded_with_its_last_user(serve: Serve, clients: ThreadPoolExecutor) -> None:

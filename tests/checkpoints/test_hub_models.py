@@ -21,7 +21,7 @@ ASKED = {"type": "TIMMBackbone", "model_name": "hf-hub:acme/tiny", "features_onl
 
 
 def served_from(remote: Remote, serve: Serve) -> RunningService:
-    return serve(HF_ENDPOINT=remote.url, checkpoint_hosts="127.0.0.1")
+    return serve(HF_ENDPOINT=remote.url)
 
 
 def test_a_repository_names_the_architecture_and_its_weights(remote: Remote, serve: Serve) -> None:
