@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from torch import nn
 
 from service.config.spec import (
@@ -50,6 +50,8 @@ Indices = Annotated[
     tuple[Index, ...], BeforeValidator(_as_tuple), Field(min_length=1, max_length=MAX_INDICES)
 ]
 Stride = Annotated[int, Field(strict=True, ge=1, le=4096)]
+InputChannels = Annotated[int, Field(strict=True, ge=1, le=64)]
+DropRate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class PretrainedInit(BaseModel):
@@ -141,18 +143,35 @@ def pretrained_ref(
     return refs[0] if refs else None
 
 
-class BackboneConfig(BaseModel):
-    """A backbone as a client spells it. Unknown keys are refused; every number is bounded.
+class NetworkConfig(BaseModel):
+    """A network as a client spells it. Unknown keys are refused; every number is bounded.
 
-    `VIEW` names the fields that say only what is returned, frozen or loaded: configs that differ in nothing
-    else share one model.
+    `VIEW` names the fields that do not change the network and the names of its weights: configs that differ in
+    nothing else share one model.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    VIEW: ClassVar[frozenset[str]] = frozenset({"init_cfg", "checkpoint", "strides"})
+    VIEW: ClassVar[frozenset[str]] = frozenset()
 
     type: str
+
+    def architecture(self) -> dict[str, Any]:
+        """The parameters that decide the network and the names of its weights, as plain JSON."""
+        dumped: dict[str, Any] = self.model_dump(mode="json", exclude=set(self.VIEW))
+        return dumped
+
+    def key(self) -> str:
+        """A digest of `architecture()`; the same on every replica."""
+        canonical = orjson.dumps(self.architecture(), option=orjson.OPT_SORT_KEYS)
+        return hashlib.sha256(canonical).hexdigest()
+
+
+class BackboneConfig(NetworkConfig):
+    """A backbone: its `VIEW` is what says only which features are returned, what is frozen or loaded."""
+
+    VIEW: ClassVar[frozenset[str]] = frozenset({"init_cfg", "checkpoint", "strides"})
+
     init_cfg: InitConfig | None = Field(
         None,
         description="Pretrained weights as OpenMMLab spells them; understood by every type. "
@@ -166,15 +185,15 @@ class BackboneConfig(BaseModel):
         description="Ask for maps by stride instead of by index: [8, 16, 32].",
     )
 
-    def architecture(self) -> dict[str, Any]:
-        """The parameters that decide the network and the names of its weights, as plain JSON."""
-        dumped: dict[str, Any] = self.model_dump(mode="json", exclude=set(self.VIEW))
-        return dumped
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        for key, detail in self.faults():
+            raise InvalidConfig(f"#/backbone/{key}", detail)
+        return self
 
-    def key(self) -> str:
-        """A digest of `architecture()`; the same on every replica."""
-        canonical = orjson.dumps(self.architecture(), option=orjson.OPT_SORT_KEYS)
-        return hashlib.sha256(canonical).hexdigest()
+    def faults(self) -> Iterator[tuple[str, str]]:
+        """What each key allows alone but the network does not, as (key, detail); the first is reported."""
+        yield from ()
 
     def weights(self) -> WeightsRef | None:
         """Where the weights come from; None means random ones from a seed of `key()`."""

@@ -29,9 +29,13 @@ def entries() -> Iterator[TypeEntry]:
         yield TypeEntry(type_name, f"service.backbones.{family}", summary, former_names(type_name))
     for name, timm in timm_models().items():
         reason = timm.unsupported
-        yield TypeEntry(f"timm.{name}", "service.backbones.timm:TIMM", timm.summary, (), reason, takes_tag=True)
+        yield TypeEntry(
+            f"timm.{name}", "service.backbones.timm:TIMM", timm.summary, (), reason, takes_tag=True
+        )
     for name, torchvision in torchvision_models().items():
-        yield TypeEntry(f"torchvision.{name}", "service.backbones.torchvision:TORCHVISION", torchvision.summary)
+        yield TypeEntry(
+            f"torchvision.{name}", "service.backbones.torchvision:TORCHVISION", torchvision.summary
+        )
 
 
 def former_names(type_name: str) -> tuple[str, ...]:

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+
+from service.backbones.freezing import norm_names
+from service.backbones.norms import BATCH_NORMS
 
 RUNNING_STATISTICS = ("running_mean", "running_var")
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def parameters_behind(output: Tensor, module: nn.Module) -> frozenset[str]:
@@ -69,48 +70,5 @@ def entries_behind(parameters: Set[str], module: nn.Module) -> frozenset[str]:
 
 def batch_norms_of(parameters: Set[str], module: nn.Module) -> tuple[str, ...]:
     """The names of the batch norms of `module` with a parameter among `parameters`, in network order."""
-    return tuple(
-        path
-        for path, child in module.named_modules()
-        if isinstance(child, BATCH_NORMS)
-        and any(f"{path}.{name}" in parameters for name, _ in child.named_parameters(recurse=False))
-    )
-
-
-def batch_norms(module: nn.Module) -> tuple[str, ...]:
-    """The names of all batch norms of `module`, in network order."""
-    return tuple(path for path, child in module.named_modules() if isinstance(child, BATCH_NORMS))
-
-
-class SkipInitialisers(TorchFunctionMode):
-    """Leaves parameters, and everything on the meta device, as allocated: the numbers come later or never."""
-
-    FILLS = frozenset(
-        {
-            Tensor.normal_,
-            Tensor.uniform_,
-            Tensor.fill_,
-            Tensor.zero_,
-            Tensor.mul_,
-            Tensor.add_,
-            Tensor.clamp_,
-            Tensor.erfinv_,
-            nn.init.normal_,
-            nn.init.uniform_,
-            nn.init.constant_,
-            nn.init.ones_,
-            nn.init.zeros_,
-            nn.init.kaiming_normal_,
-            nn.init.kaiming_uniform_,
-            nn.init.trunc_normal_,
-        }
-    )
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in self.FILLS:
-            target = args[0] if args else (kwargs or {}).get("tensor")
-            if isinstance(target, nn.Parameter) or (isinstance(target, Tensor) and target.is_meta):
-                return target
-        return func(*args, **(kwargs or {}))
+    norms = norm_names(module, BATCH_NORMS)
+    return tuple(path for path in norms if not parameters.isdisjoint({f"{path}.weight", f"{path}.bias"}))

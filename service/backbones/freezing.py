@@ -9,6 +9,9 @@ from torch import nn
 from service.backbones.norms import BATCH_NORMS, NORMS
 from service.config.spec import Freeze, FreezeReport
 
+# torchvision's batch norm with constant statistics, weight and bias, as libraries' configs name it.
+FROZEN_BATCH_NORM = "FrozenBatchNorm2d"
+
 
 def freeze_report(
     network: nn.Module, freeze: Freeze, frozen: Sequence[str], *, norms_follow: bool = True

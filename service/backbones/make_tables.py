@@ -28,13 +28,6 @@ def write(name: str, rows: Mapping[str, Any]) -> None:
     (TABLES / name).write_bytes(b"{\n" + b",\n".join(lines) + b"\n}\n")
 
 
-def size_of(net: nn.Module) -> tuple[int, int]:
-    """How many parameters a network has, and its bytes with buffers."""
-    parameters = sum(parameter.numel() for parameter in net.parameters())
-    tensors = [*net.parameters(), *net.buffers()]
-    return parameters, sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 def timm_tables() -> None:
     """`timm.json` and `timm-renamed.json`."""
     import timm
@@ -89,30 +82,32 @@ def _is_another_network(cfg: Any, default: Any) -> bool:
 
 
 def _timm_facts(name: str, size: tuple[int, int], module: str, *, fixed: bool) -> Row:
-    from service.backbones import timm as family
-    from service.backbones.dependencies import SkipInitialisers
+    from service.backbones.building import SkipInitialisers, size_of
+    from service.backbones.timm_creation import Architecture, Capture
+    from service.backbones.timm_network import assemble, feature_indices
 
-    architecture = family.Architecture(name, features_only=True, arguments=(), in_channels=3, size=size)
+    architecture = Architecture(name, features_only=True, arguments=(), in_channels=3, size=size)
     with torch.device("meta"), SkipInitialisers(), torch.inference_mode():
-        indices = family.feature_indices(architecture)
-        backbone = family.assemble(architecture, family.Capture(), indices)
+        indices = feature_indices(architecture)
+        backbone = assemble(architecture, Capture(), indices)
         outputs = backbone(torch.empty(1, 3, *size), [feature.node for feature in backbone.features])
     shapes = [list(output.shape[2:]) for output in outputs.values()]
     channels = [feature.channels for feature in backbone.features]
     if [output.shape[1] for output in outputs.values()] != channels:
         raise ValueError(f"{name} says {channels} channels and gives {list(outputs.values())}")
     strides = [feature.stride for feature in backbone.features]
-    parameters, size_bytes = size_of(backbone)
+    counted = size_of(backbone)
     return {
-        "summary": _timm_summary(module, parameters, size, strides),
+        "summary": _timm_summary(module, counted.parameters, size, strides),
         "channels": channels,
         "strides": strides,
         "shapes": shapes,
         "default": _timm_default(name),
         "size": list(size),
         "fixed": bool(fixed),
-        "parameters": parameters,
-        "bytes": size_bytes,
+        "parameters": counted.parameters,
+        "tensors": counted.tensors,
+        "bytes": counted.bytes,
     } | ({} if indices[0] == 0 else {"indices": indices})
 
 
@@ -167,13 +162,14 @@ def _torchvision_facts(name: str) -> Row:
     from torchvision.models import get_model_weights
 
     from service.backbones import torchvision as family
+    from service.backbones.building import size_of
 
     weights: Any = get_model_weights(name)
     members = [member.name for member in weights]
     default = weights.DEFAULT.name
     module = family.torchvision_module(name)
     net = family.twin(family.Architecture(name)).net
-    parameters, size_bytes = size_of(net)
+    counted = size_of(net)
     image_size = getattr(net, "image_size", None) or weights[members[0]].transforms().crop_size[0]
     return {
         "module": module,
@@ -184,8 +180,9 @@ def _torchvision_facts(name: str) -> Row:
         "keys": [key for key in BUILDER_KEYS if _takes(name, module, key)],
         "weights_class": weights.__name__,
         "weights": [default, *(member for member in members if member != default)],
-        "parameters": parameters,
-        "bytes": size_bytes,
+        "parameters": counted.parameters,
+        "tensors": counted.tensors,
+        "bytes": counted.bytes,
     }
 
 

@@ -8,6 +8,8 @@ values are `Family` objects.
 from __future__ import annotations
 
 import importlib
+import logging
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,12 +23,17 @@ from service.errors import InvalidConfig, UnknownBackbone
 ENTRY_POINT_GROUP = "backbone_service.backbones"
 FIRST_SCOPE = "mmpretrain"
 MAX_TYPE_LENGTH = 128
+SCOPED_NAME = re.compile(r"[A-Za-z]\w*(\.\w[\w-]*)+", re.ASCII)
 F = TypeVar("F")
+log = logging.getLogger("service.backbones")
 
 
 @dataclass(frozen=True)
 class TypeEntry:
-    """One type: its canonical name, where its family is (`module:ATTRIBUTE`), and what else it is called."""
+    """One type: its canonical name, where its family is (`module:ATTRIBUTE`), and what else it is called.
+
+    `is_foreign` marks the types of other packages.
+    """
 
     type: str
     family: str
@@ -34,6 +41,7 @@ class TypeEntry:
     aliases: tuple[str, ...] = ()
     unsupported: str | None = None
     takes_tag: bool = False
+    is_foreign: bool = False
 
     @property
     def scope(self) -> str:
@@ -76,7 +84,8 @@ class Registry(Generic[F]):
     def _add(self, entry: TypeEntry) -> None:
         for name in (entry.type, *entry.aliases):
             if name in self._names:
-                raise ValueError(f"{name} is registered twice")
+                first, second = self._names[name].family, entry.family
+                raise ValueError(f"{self._noun} {name} is registered twice: as {first} and as {second}")
             self._names[name] = entry
         self._entries[entry.type] = entry
 
@@ -96,7 +105,8 @@ class Registry(Generic[F]):
 
         Raises:
             UnknownBackbone: no such type; carries the nearest names.
-            InvalidConfig: several types have this name, or the type is known but cannot be served.
+            InvalidConfig: several types have this name, or the type is known but cannot be served: by its
+                library's nature, or because another package's code does not load.
         """
         name = self._renamed.get(name, name)
         entry, tag = self._names.get(name) or self._unscoped(name, pointer), ""
@@ -107,7 +117,7 @@ class Registry(Generic[F]):
         if entry.unsupported is not None:
             raise InvalidConfig(pointer, f"{entry.type} is not served: {entry.unsupported}")
         scope = name.partition(".")[0] if "." in name else entry.scope
-        return Resolved(entry, self._import(entry), entry.type + tag, scope)
+        return Resolved(entry, self._family(entry, pointer), entry.type + tag, scope)
 
     def _tagged(self, name: str) -> tuple[TypeEntry | None, str]:
         """timm writes which pretrained weights it means behind a second dot."""
@@ -132,6 +142,17 @@ class Registry(Generic[F]):
         choices = list(self._names) if "." in short else list(self._by_bare_name)
         return [match for match, _, _ in process.extract(short, choices, limit=limit, score_cutoff=60)]
 
+    def _family(self, entry: TypeEntry, pointer: str) -> F:
+        if not entry.is_foreign:
+            return self._import(entry)
+        try:
+            return self._import(entry)
+        # Another package's code can fail in any way, and takes no other type with it.
+        except Exception as error:
+            log.exception("%s cannot be loaded from %s", entry.type, entry.family)
+            detail = f"{entry.type} is not served: the package that it comes from cannot be loaded"
+            raise InvalidConfig(pointer, detail) from error
+
     def _import(self, entry: TypeEntry) -> F:
         module, _, attribute = entry.family.partition(":")
         family = getattr(importlib.import_module(module), attribute)
@@ -142,7 +163,14 @@ class Registry(Generic[F]):
 
 def _third_party(group: str | None) -> list[TypeEntry]:
     points: Iterable[EntryPoint] = entry_points(group=group) if group else ()
-    return [TypeEntry(point.name, point.value, _distribution(point)) for point in points]
+    return [_foreign_entry(point) for point in points]
+
+
+def _foreign_entry(point: EntryPoint) -> TypeEntry:
+    if len(point.name) > MAX_TYPE_LENGTH or not SCOPED_NAME.fullmatch(point.name):
+        name = point.name[:MAX_TYPE_LENGTH]
+        raise ValueError(f"{name!r} of {point.value} is no name of a type; one is written scope.Name")
+    return TypeEntry(point.name, point.value, _distribution(point), is_foreign=True)
 
 
 def _distribution(point: EntryPoint) -> str:

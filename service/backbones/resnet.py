@@ -9,18 +9,20 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from service.backbones import building
 from service.backbones.base import (
     Backbone,
     BackboneConfig,
+    DropRate,
     Family,
     Indices,
+    InputChannels,
     Stride,
     levels_by_index,
     levels_by_stride,
@@ -29,7 +31,6 @@ from service.backbones.freezing import freeze_report
 from service.backbones.norms import BATCH_NORM, NORMS, NormConfig, NormSpec, make_norm
 from service.checkpoints.load import load_strict
 from service.config.spec import Description, FeatureInfo, Freeze, FreezeReport, Level, LoadedKeys, WeightsRef
-from service.errors import InvalidConfig
 
 if TYPE_CHECKING:
     from service.checkpoints.read import StateDict
@@ -232,7 +233,6 @@ def initialise(network: nn.Module) -> None:
 
 Channels = Annotated[int, Field(strict=True, ge=1, le=512)]
 Dilation = Annotated[int, Field(strict=True, ge=1, le=16)]
-Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ConvConfig(BaseModel):
@@ -249,7 +249,7 @@ class ResNetConfig(BackboneConfig):
     TYPE: ClassVar[str] = "mmpretrain.ResNet"
 
     depth: Literal[18, 34, 50, 101, 152] = Field(description="Number of layers.")
-    in_channels: Annotated[int, Field(strict=True, ge=1, le=64)] = 3
+    in_channels: InputChannels = 3
     stem_channels: Channels = 64
     base_channels: Channels = Field(64, description="Channels of the first stage before expansion.")
     expansion: Annotated[int, Field(strict=True, ge=1, le=8)] | None = Field(
@@ -278,15 +278,9 @@ class ResNetConfig(BackboneConfig):
     norm_eval: bool = False
     with_cp: bool = Field(False, description="Saves memory in training; changes nothing here.")
     zero_init_residual: bool = Field(True, description="Start of training; changes nothing here.")
-    drop_path_rate: Rate = Field(0.0, description="Training only; changes nothing here.")
+    drop_path_rate: DropRate = Field(0.0, description="Training only; changes nothing here.")
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        for pointer, detail in self._faults():
-            raise InvalidConfig(f"#/backbone/{pointer}", detail)
-        return self
-
-    def _faults(self) -> Iterator[tuple[str, str]]:
+    def faults(self) -> Iterator[tuple[str, str]]:
         """What each key allows alone but the network does not, as (key, detail)."""
         stages = self.num_stages
         if self._strides_are_levels() is None:

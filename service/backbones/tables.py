@@ -6,15 +6,18 @@ neither torch nor the libraries.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import Any
 
 import orjson
+from rapidfuzz import process
 
 from service.config.spec import Description, FeatureInfo, PreprocessDefaults
+
+MAX_NAME_LENGTH = 128
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class TimmEntry:
         indices: timm's numbers of the features; empty for 0, 1, 2, …
         default: the `out_indices` of `features_only` when none are given.
         size: native input [height, width] in pixels; `fixed` networks take no other.
-        parameters, bytes: of the network that gives all features (numbers; bytes with buffers).
+        parameters, tensors, bytes: of the network that gives all features, as `building.size_of` counts them.
         tags: pretrained tags, the default first.
         unsupported: why it cannot be served; None for what can.
     """
@@ -46,6 +49,7 @@ class TimmEntry:
     size: tuple[int, int] = (224, 224)
     fixed: bool = False
     parameters: int = 0
+    tensors: int = 0
     bytes: int = 0
     unsupported: str | None = None
 
@@ -61,8 +65,7 @@ class TimmEntry:
 
     def description(self) -> Description:
         """The facts of the network as its library builds it by default."""
-        native = PreprocessDefaults(size=self.size)
-        return Description(self.features, self.parameters, self.bytes, 3, native, self.fixed)
+        return _description(self)
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class TorchvisionEntry:
         size: native input [height, width] in pixels; `fixed` networks take no other.
         keys: the config keys that its builder takes, beside those that every model takes.
         weights_class, weights: torchvision's names of its pretrained weights, the default first.
-        parameters, bytes: of the whole classification model (numbers; bytes with buffers).
+        parameters, tensors, bytes: of the whole classification model, as `building.size_of` counts them.
     """
 
     name: str
@@ -89,12 +92,36 @@ class TorchvisionEntry:
     weights_class: str
     weights: tuple[str, ...]
     parameters: int
+    tensors: int
     bytes: int
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens before those of the patches: the class token of a vision transformer."""
+        return int(self.module == "vision_transformer")
 
     def description(self) -> Description:
         """The facts of the network as its library builds it by default."""
-        native = PreprocessDefaults(size=self.size)
-        return Description(self.features, self.parameters, self.bytes, 3, native, self.fixed)
+        return _description(self, prefix_tokens=self.prefix_tokens)
+
+
+def _description(entry: TimmEntry | TorchvisionEntry, *, prefix_tokens: int = 0) -> Description:
+    return Description(
+        features=entry.features,
+        parameters=entry.parameters,
+        bytes=entry.bytes,
+        in_channels=3,
+        input=PreprocessDefaults(size=entry.size),
+        fixed_input=entry.fixed,
+        tensors=entry.tensors,
+        prefix_tokens=prefix_tokens,
+    )
+
+
+def nearest(name: str, known: Iterable[str], *, score: int = 60) -> list[str]:
+    """Up to five of the known names that are most like `name`, best first; `score` of 100 is equal."""
+    found = process.extract(name[:MAX_NAME_LENGTH], list(known), limit=5, score_cutoff=score)
+    return [match for match, _, _ in found]
 
 
 def _read(name: str) -> Any:

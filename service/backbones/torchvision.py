@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import AfterValidator, Field, StrictBool, model_validator
-from rapidfuzz import process
 from torch import Tensor, fx, nn
 
-from service.backbones import dependencies
+from service.backbones import building, dependencies
 from service.backbones.base import Backbone, BackboneConfig, Family
-from service.backbones.dependencies import SkipInitialisers
-from service.backbones.tables import TorchvisionEntry, torchvision_models
+from service.backbones.building import SkipInitialisers
+from service.backbones.freezing import FROZEN_BATCH_NORM, norm_names
+from service.backbones.norms import BATCH_NORMS
+from service.backbones.tables import TorchvisionEntry, nearest, torchvision_models
 from service.checkpoints.keys import guess_prefix, strip_prefix
 from service.checkpoints.load import load_strict
 from service.config.spec import (
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
 
 MAX_NODES = 64
 MAX_EXTRACTORS = 16
-FROZEN_BATCH_NORM = "FrozenBatchNorm2d"
 NODES_POINTER = "#/backbone/return_nodes"
 # Height and width unlike each other and unlike any channel count at any stride up to 32.
 PROBE_SIZE = (256, 448)
@@ -65,16 +65,6 @@ NodeMap = Annotated[
     dict[NodeName, NodeName], Field(min_length=1, max_length=MAX_NODES), AfterValidator(_unlike)
 ]
 NodeList = Annotated[tuple[NodeName, ...], Field(min_length=1, max_length=MAX_NODES), AfterValidator(_unlike)]
-
-# What torchvision's constructors raise when they are given arguments that they cannot build from.
-CONSTRUCTOR_ERRORS = (
-    TypeError,
-    ValueError,
-    AssertionError,
-    RuntimeError,
-    NotImplementedError,
-    ArithmeticError,
-)
 
 # Names in torchvision's own files that its modules rename when they load them.
 RENAMED: Mapping[str, tuple[tuple[str, str], ...]] = {
@@ -159,8 +149,7 @@ class TorchvisionConfig(BackboneConfig):
         name = self.type.removeprefix("torchvision.")
         entry = torchvision_models().get(name)
         if entry is None:
-            near = process.extract(name[:128], list(torchvision_models()), limit=5, score_cutoff=60)
-            names = [match for match, _, _ in near]
+            names = nearest(name, torchvision_models())
             raise UnknownBackbone("torchvision model", name[:128], names, pointer="#/backbone/type")
         return entry
 
@@ -293,7 +282,7 @@ def _create(architecture: Architecture) -> nn.Module:
     arguments = _builder_arguments(architecture)
     try:
         net: nn.Module = get_model(architecture.name, weights=None, **arguments)
-    except CONSTRUCTOR_ERRORS as error:
+    except building.CONSTRUCTOR_ERRORS as error:
         if not architecture.arguments:
             raise
         key = architecture.arguments[0][0]
@@ -427,7 +416,7 @@ def _known_nodes(architecture: Architecture, names: Sequence[str]) -> _Traced:
 
 
 def _no_such_node(name: str, traced: _Traced) -> Fault:
-    near = [match for match, _, _ in process.extract(name, list(traced.nodes), limit=5, score_cutoff=50)]
+    near = nearest(name, traced.nodes, score=50)
     hint = f"; nearest: {', '.join(near)}" if near else ""
     return Fault(NODES_POINTER, f"no node named {name!r}{hint}")
 
@@ -511,8 +500,6 @@ class TorchvisionBackbone(Backbone):
         self.net = net
         self.architecture = architecture
         self.features = features
-        # ViT's class token.
-        self.prefix_tokens = 1 if hasattr(net, "class_token") else 0
         self._extractors: OrderedDict[tuple[str, ...], fx.GraphModule] = OrderedDict()
 
     def forward(self, images: Tensor, nodes: Sequence[str]) -> dict[str, Tensor]:
@@ -551,7 +538,7 @@ class TorchvisionBackbone(Backbone):
     def frozen(self, freeze: Freeze) -> FreezeReport:
         """Freeze every batch norm if frozen ones were asked for; torchvision's models freeze nothing else."""
         everything = [name for name, _ in self.net.named_parameters()]
-        norms = dependencies.batch_norms(self.net) if freeze.all_norms or freeze.norm_eval else ()
+        norms = tuple(norm_names(self.net, BATCH_NORMS)) if freeze.all_norms or freeze.norm_eval else ()
         frozen = [name for name in everything if freeze.all_norms and name.rpartition(".")[0] in norms]
         return FreezeReport(stages=None, parameters=tuple(frozen), norms=norms, of=len(everything))
 
@@ -580,12 +567,9 @@ def _channels_first(output: Tensor, facts: _NodeFacts) -> Tensor:
 
 def build(config: TorchvisionConfig) -> TorchvisionBackbone:
     """The network with random weights on the current default device."""
-    architecture = config.built()
-    features = describe(config).features
-    if torch.get_default_device().type != "meta":
-        return TorchvisionBackbone(_create(architecture), architecture, features)
-    with SkipInitialisers():
-        return TorchvisionBackbone(_create(architecture), architecture, features)
+    architecture, features = config.built(), describe(config).features
+    net = building.initialised(lambda: _create(architecture))
+    return TorchvisionBackbone(net, architecture, features)
 
 
 def load(
@@ -638,15 +622,13 @@ def describe(config: TorchvisionConfig) -> Description:
     entry, architecture = config.entry(), config.built()
     if not {"replace_stride_with_dilation", "image_size"} & dict(architecture.arguments).keys():
         return entry.description()
-    whole = twin(architecture)
-    tensors = [*whole.parameters(), *whole.buffers()]
-    return Description(
-        features=node_features(architecture, [feature.node for feature in entry.features]),
-        parameters=sum(parameter.numel() for parameter in whole.parameters()),
-        bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+    return building.description(
+        twin(architecture),
+        node_features(architecture, [feature.node for feature in entry.features]),
         in_channels=3,
-        input=PreprocessDefaults(size=architecture.size),
+        input_defaults=PreprocessDefaults(size=architecture.size),
         fixed_input=entry.fixed,
+        prefix_tokens=entry.prefix_tokens,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 from torch import Tensor, nn
 
 from service.backbones import building
-from service.backbones.base import Backbone, BackboneConfig, Family, Indices, levels_by_index
+from service.backbones.base import (
+    Backbone,
+    BackboneConfig,
+    DropRate,
+    Family,
+    Indices,
+    InputChannels,
+    levels_by_index,
+)
 from service.backbones.freezing import freeze_report
 from service.backbones.norms import NORMS, LayerNormConfig, NormSpec, make_norm
 from service.checkpoints.load import load_strict
@@ -32,7 +40,7 @@ from service.config.spec import (
     PreprocessDefaults,
     WeightsRef,
 )
-from service.errors import InvalidConfig, TooLarge
+from service.errors import TooLarge
 
 if TYPE_CHECKING:
     from service.checkpoints.read import StateDict
@@ -402,7 +410,6 @@ def _is_square(number: int) -> bool:
 # --- mmpretrain.VisionTransformer = mmcls.VisionTransformer ---------------------------------------
 
 Pixels = Annotated[int, Field(strict=True, ge=1, le=4096)]
-Rate = Annotated[float, Field(ge=0, lt=1)]
 FEED_FORWARDS = {"origin": False, "swiglu_fused": True}
 GELUS: dict[str, Activation] = {
     "GELU": "gelu",
@@ -480,10 +487,10 @@ class VisionTransformerConfig(BackboneConfig):
         224, description="Image size that the position embeddings are for; images of any size are taken."
     )
     patch_size: Annotated[int, Field(strict=True, ge=1, le=256)] = 16
-    in_channels: Annotated[int, Field(strict=True, ge=1, le=64)] = 3
+    in_channels: InputChannels = 3
     out_indices: Indices = Field((-1,), description="Layers from 0; negative ones count from the end.")
-    drop_rate: Rate = Field(0.0, description="Training only; changes nothing here.")
-    drop_path_rate: Rate = Field(0.0, description="Training only; changes nothing here.")
+    drop_rate: DropRate = Field(0.0, description="Training only; changes nothing here.")
+    drop_path_rate: DropRate = Field(0.0, description="Training only; changes nothing here.")
     qkv_bias: bool = True
     norm_cfg: LayerNormConfig = LayerNormConfig(type="LN", eps=1e-6)
     final_norm: bool = True
@@ -511,13 +518,7 @@ class VisionTransformerConfig(BackboneConfig):
         unsaid = raw.get("out_type") is None and raw.get("output_cls_token") is None
         return {**raw, "output_cls_token": True} if unsaid else raw
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        for pointer, detail in self._faults():
-            raise InvalidConfig(f"#/backbone/{pointer}", detail)
-        return self
-
-    def _faults(self) -> Iterator[tuple[str, str]]:
+    def faults(self) -> Iterator[tuple[str, str]]:
         """What each key allows alone but the network does not, as (key, detail)."""
         if self.out_type is not None and self.output_cls_token is not None:
             yield "output_cls_token", "is mmcls's older spelling of out_type; give one of them"

@@ -9,17 +9,15 @@ A neck turns the levels that a backbone gives into other levels. A family is one
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-import orjson
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
-from service.backbones.base import CheckpointName, InitConfig, pretrained_ref
+from service.backbones.base import CheckpointName, InitConfig, NetworkConfig, pretrained_ref
 from service.config.spec import Layout, LoadedKeys, WeightsRef
 from service.errors import InvalidConfig
 
@@ -52,27 +50,8 @@ class NeckDescription:
     bytes: int = 0
 
 
-class NeckConfig(BaseModel):
-    """A neck as a client spells it. Unknown keys are refused; every number is bounded.
-
-    `VIEW` names the fields that say only which weights are loaded.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-    VIEW: ClassVar[frozenset[str]] = frozenset()
-
-    type: str
-
-    def architecture(self) -> dict[str, Any]:
-        """The parameters that decide the network and the names of its weights, as plain JSON."""
-        dumped: dict[str, Any] = self.model_dump(mode="json", exclude=set(self.VIEW))
-        return dumped
-
-    def key(self) -> str:
-        """A digest of `architecture()`; the same on every replica."""
-        canonical = orjson.dumps(self.architecture(), option=orjson.OPT_SORT_KEYS)
-        return hashlib.sha256(canonical).hexdigest()
+class NeckConfig(NetworkConfig):
+    """A neck: its `VIEW` is what says only which weights are loaded."""
 
     def weights(self) -> WeightsRef | None:
         """Where the weights come from; None where there are none, or random ones from a seed of `key()`."""

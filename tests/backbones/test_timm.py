@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from service.backbones import tables
 from service.backbones.timm import TIMM, TIMM_BACKBONE, TimmBackbone, TimmConfig, hub_architecture
-from service.config.spec import LoadedKeys, WeightsRef
+from service.config.spec import Freeze, LoadedKeys, WeightsRef
 from service.errors import CheckpointMismatch, InvalidConfig, UnknownBackbone
 
 REF = WeightsRef("weights.safetensors", pointer="#/backbone/checkpoint")
@@ -283,10 +283,10 @@ def test_openmmlabs_wrapper_takes_its_own_names_and_gives_one_unpooled_map() -> 
 def test_a_whole_vision_transformer_gives_tokens() -> None:
     raw = {"type": "mmpretrain.TIMMBackbone", "model_name": "vit_tiny_patch16_224", "in_channels": 1}
     cfg = TIMM_BACKBONE.config.model_validate(raw)
-    (feature,) = TIMM_BACKBONE.describe(cfg).features
+    described = TIMM_BACKBONE.describe(cfg)
+    (feature,) = described.features
     assert (feature.layout, feature.channels, feature.stride, feature.shape) == ("NLC", 192, None, (197, 192))
-    with torch.device("meta"):
-        assert TIMM_BACKBONE.build(cfg).prefix_tokens == 1
+    assert described.prefix_tokens == 1
 
 
 @pytest.mark.parametrize("key", ["out_indices", "frozen_stages"])
@@ -398,6 +398,14 @@ def test_the_table_says_what_building_says(model: str) -> None:
         f.shape for f in described.features
     ]
     assert described.parameters == sum(parameter.numel() for parameter in backbone.parameters())
+    assert described.tensors == backbone.frozen(Freeze()).of
+
+
+def test_a_network_that_the_table_has_not_is_counted_too() -> None:
+    cfg = config("resnet18", output_stride=16, in_chans=4)
+    with torch.device("meta"):
+        backbone = TIMM.build(cfg)
+    assert TIMM.describe(cfg).tensors == backbone.frozen(Freeze()).of == 60
 
 
 def test_the_table_has_every_model_of_the_installed_timm() -> None:

@@ -15,7 +15,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from service.backbones import tables
 from service.backbones.torchvision import MAX_EXTRACTORS, TORCHVISION, TorchvisionBackbone, TorchvisionConfig
-from service.config.spec import LoadedKeys, WeightsRef
+from service.config.spec import Freeze, LoadedKeys, WeightsRef
 from service.errors import CheckpointMismatch, InvalidConfig, UnknownBackbone
 
 REF = WeightsRef("weights.pth", pointer="#/backbone/checkpoint")
@@ -114,6 +114,27 @@ def test_a_vision_transformer_gives_tokens_and_takes_one_size() -> None:
     (feature,) = described.features
     assert (feature.layout, feature.shape, described.fixed_input) == ("NLC", (5, 768), True)
     assert described.input.size == (64, 64)
+
+
+@pytest.mark.parametrize("keys", [{}, {"image_size": 64}])
+def test_the_class_token_comes_before_the_patches(keys: dict[str, Any]) -> None:
+    cfg = config("vit_b_32", **keys)
+    described, backbone = TORCHVISION.describe(cfg), TORCHVISION.build(cfg).eval()
+    images = torch.randn(1, 3, *(described.input.size or (0, 0)))
+    with torch.inference_mode():
+        tokens = backbone(images, ["encoder.dropout"])["encoder.dropout"]
+    state = backbone.state_dict()
+    first = state["net.class_token"] + state["net.encoder.pos_embedding"][:, :1]
+    torch.testing.assert_close(tokens[:, : described.prefix_tokens], first)
+
+
+@pytest.mark.parametrize("model", ["resnet18", "vit_b_32", "swin_t", "googlenet"])
+def test_the_table_says_what_building_says(model: str) -> None:
+    described = TORCHVISION.describe(config(model))
+    with torch.device("meta"):
+        backbone = TORCHVISION.build(config(model))
+    assert described.parameters == sum(parameter.numel() for parameter in backbone.parameters())
+    assert described.tensors == backbone.frozen(Freeze()).of
 
 
 def test_dilation_changes_the_strides() -> None:
