@@ -6,31 +6,40 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
 from pydantic import ValidationError
 
 from service.settings import Settings
+from service.version import service_version
+
+log = logging.getLogger("service.cli")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; the exit status."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     status: int = options.run(options)
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The command line: every subcommand with its flags."""
     parser = argparse.ArgumentParser(
         "backbone-service", description="Images to the features of vision backbones."
     )
-    commands = parser.add_subparsers(title="commands", required=True)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {service_version()}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_serve(commands)
     _add_inspect(commands)
     return parser
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"backbone-service: {message}", file=sys.stderr)
+    return status
 
 
 # --- serve --------------------------------------------------------------------------------------
@@ -41,40 +50,104 @@ def _add_serve(commands: Any) -> None:
         "serve",
         help="run the service",
         description="Run the service. Every flag is also an environment variable: --model-budget is "
-        "BACKBONE_MODEL_BUDGET. Flags go before the environment.",
+        "BACKBONE_MODEL_BUDGET. Flags go before the environment. SIGTERM finishes what is in flight.",
     )
     for name, field in Settings.model_fields.items():
-        flag = f"--{name.replace('_', '-')}"
-        shown = ",".join(field.default) if isinstance(field.default, tuple) else field.default
-        text = f"{field.description} (default: {shown if shown not in ('', None) else 'none'})"
+        text = f"{field.description} (default: {shown_default(name)})".replace("%", "%%")
         if field.annotation is bool:
-            serve.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+            serve.add_argument(flag_of(name), action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
-            serve.add_argument(flag, default=None, metavar=name.upper(), help=text.replace("%", "%%"))
+            serve.add_argument(flag_of(name), default=None, metavar=name.upper(), help=text)
     serve.set_defaults(run=_serve)
+
+
+def flag_of(name: str) -> str:
+    """The flag of a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
+def variable_of(name: str) -> str:
+    """The environment variable of a setting."""
+    return f"BACKBONE_{name.upper()}"
+
+
+def shown_default(name: str) -> str:
+    """The default of a setting, as one would write it."""
+    default = Settings.model_fields[name].default
+    if isinstance(default, tuple):
+        return ",".join(default) or "none"
+    return f"{default:g}" if isinstance(default, float) else str(default).removeprefix("False") or "no"
 
 
 def settings_from(options: argparse.Namespace) -> Settings:
     """Settings of the environment, with the flags that were given on top."""
-    given = {name: value for name in Settings.model_fields if (value := getattr(options, name)) is not None}
-    alias = Settings.model_fields["hub_endpoint"].validation_alias
-    if "hub_endpoint" in given:
-        given[str(alias)] = given.pop("hub_endpoint")
-    return Settings(**given)
+    flags = {name: getattr(options, name) for name in Settings.model_fields}
+    return Settings(**{name: value for name, value in flags.items() if value is not None})
 
 
 def _serve(options: argparse.Namespace) -> int:
     try:
         settings = settings_from(options)
     except ValidationError as error:
-        for fault in error.errors():
-            name = "_".join(str(part) for part in fault["loc"])
-            print(f"backbone-service: {name + ': ' if name else ''}{fault['msg']}", file=sys.stderr)
-        return 2
-    from service.api.server import run_server  # the web stack is only needed here
+        return _fail("; ".join(_fault_text(fault) for fault in error.errors()), 2)
+    if fault := _folder_fault(settings):
+        return _fail(fault, 2)
+    from service.api.server import run_server  # the web stack and torch are only needed here
+    from service.backbones.catalogue import backbone_registry
+    from service.necks.catalogue import neck_registry
+    from service.runtime.device import pick_device
 
+    try:
+        pick_device(settings.device)
+    except ValueError as error:
+        return _fail(f"{_named('device')}: {error}", 2)
+    try:
+        backbone_registry(), neck_registry()
+    except ValueError as error:  # another package's types are not named as types are, or as others are
+        return _fail(str(error), 2)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    return run_server(settings)
+    _warn(settings)
+    status = run_server(settings)
+    # Everyone has been answered. A thread that still downloads or loads would hold a plain exit back.
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def _named(name: str) -> str:
+    return f"{flag_of(name)} ({variable_of(name)})"
+
+
+def _fault_text(fault: Mapping[str, Any]) -> str:
+    """What is wrong with one setting, by the names an operator knows it under."""
+    text = str(fault["msg"]).removeprefix("Value error, ")
+    if not fault["loc"]:
+        return text
+    name = str(fault["loc"][0]).lower().removeprefix("backbone_").replace("hf_endpoint", "hub_endpoint")
+    if fault["type"] == "string_pattern_mismatch":  # a regular expression tells nobody anything
+        text = f"must be {Settings.model_fields[name].description}, not {fault['input']!r}"
+    return f"{_named(name)}: {text}"
+
+
+def _folder_fault(settings: Settings) -> str | None:
+    """A folder that was asked for must be there; the checkpoint folder is made by the first download."""
+    if "config_dir" in settings.model_fields_set and not settings.config_dir.is_dir():
+        return f"{_named('config_dir')}: no directory {str(settings.config_dir)!r}"
+    if settings.checkpoint_dir.exists() and not settings.checkpoint_dir.is_dir():
+        return f"{_named('checkpoint_dir')}: {str(settings.checkpoint_dir)!r} is not a directory"
+    return None
+
+
+def _warn(settings: Settings) -> None:
+    """Say what is probably not meant."""
+    if not settings.config_dir.is_dir():
+        log.warning("no directory %r: there are no named configs", str(settings.config_dir))
+    if "checkpoint_dir" in settings.model_fields_set and not settings.checkpoint_dir.exists():
+        log.warning("no directory %r yet: the first download makes it", str(settings.checkpoint_dir))
+    known = {variable_of(name) for name in Settings.model_fields} | {"BACKBONE_BUILD"}
+    for variable in sorted(name for name in os.environ if name.startswith("BACKBONE_")):
+        if variable.upper() not in known:
+            log.warning("%s is no setting and does nothing", variable)
 
 
 # --- inspect ------------------------------------------------------------------------------------
@@ -89,9 +162,19 @@ def _add_inspect(commands: Any) -> None:
     inspect.add_argument(
         "backbone", help='a config as JSON ({"type":"ResNet","depth":50}) or the name of one'
     )
-    inspect.add_argument("--neck", help="a neck config as JSON")
-    inspect.add_argument("--input-size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="in pixels")
-    inspect.add_argument("--config-dir", default=os.environ.get("BACKBONE_CONFIG_DIR", "model_configs"))
+    inspect.add_argument("--neck", help="a neck config as JSON (default: none)")
+    inspect.add_argument(
+        "--input-size",
+        nargs=2,
+        type=int,
+        metavar=("HEIGHT", "WIDTH"),
+        help="in pixels (default: the backbone's own)",
+    )
+    inspect.add_argument(
+        "--config-dir",
+        default=os.environ.get("BACKBONE_CONFIG_DIR", "model_configs"),
+        help="named configs (default: BACKBONE_CONFIG_DIR, else model_configs)",
+    )
     inspect.set_defaults(run=_inspect)
 
 
@@ -99,13 +182,17 @@ def _inspect(options: argparse.Namespace) -> int:
     from service.errors import ServiceError
     from service.runtime.inspect import inspect_offline
 
-    backbone, neck = _json_or_word(options.backbone), _json_or_word(options.neck)
     size = tuple(options.input_size) if options.input_size else None
+    if size and min(size) < 1:
+        return _fail("--input-size: must be positive", 2)
+    try:
+        backbone, neck = _json_or_word(options.backbone), _json_or_word(options.neck)
+    except orjson.JSONDecodeError as error:
+        return _fail(f"not JSON: {error}", 1)
     try:
         found = inspect_offline(options.config_dir, backbone, neck, size)
     except ServiceError as error:
-        print(f"backbone-service: {error.detail}", file=sys.stderr)
-        return 1
+        return _fail(error.detail, 1)
     print(orjson.dumps(found, option=orjson.OPT_INDENT_2).decode())
     return 0
 
@@ -113,10 +200,7 @@ def _inspect(options: argparse.Namespace) -> int:
 def _json_or_word(text: str | None) -> Any:
     if text is None or not text.lstrip().startswith(("{", "[", '"')):
         return text
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        sys.exit(f"backbone-service: not JSON: {error}")
+    return orjson.loads(text)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ from service.api import backbones, configs, docs, features, health, models
 from service.api.access import Access
 from service.api.errors import on_crash, on_http_exception, on_service_error, on_validation_error
 from service.api.middleware import ServiceMiddleware
+from service.api.openapi import TAGS, DescribedApp, operation_id
 from service.errors import ServiceError
 from service.metrics import Metrics
 from service.runtime.engine import Engine
-from service.runtime.status import service_version
 from service.settings import Settings
+from service.version import service_version
 
 DESCRIPTION = """\
 Turns images into the features of vision backbones. Send a backbone config, spelled as OpenMMLab, timm or torchvision
@@ -48,13 +49,16 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
             if engine is None:
                 await app.state.engine.stop()
 
-    app = FastAPI(
+    app = DescribedApp(
         title="backbone-service",
         version=service_version(),
         description=DESCRIPTION,
         lifespan=lifespan,
+        openapi_tags=TAGS,
+        generate_unique_id_function=operation_id,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # the address of a redirect would be made of the client's own Host header
     )
     app.state.access = Access(settings)
     for routes in (features, backbones, configs, models, health, docs):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Depends, Path, Query
 from starlette.requests import Request
 from starlette.responses import Response
 
 from service.api.bodies import read_json_object
-from service.api.openapi import INSPECT_OPERATION, JSON_REPLY
+from service.api.openapi import INSPECT_OPERATION, INSPECT_REPLY, TYPE_REPLY, TYPES_REPLY
 from service.api.reply import json_reply
 from service.api.state import client, engine_of, while_connected
 from service.errors import InvalidConfig
@@ -21,7 +21,7 @@ MAX_PAGE = 2000
 MAX_SIDE = 8192
 
 
-@router.get("/backbones", summary="List the backbone types", responses=JSON_REPLY, response_class=Response)
+@router.get("/backbones", summary="List the backbone types", responses=TYPES_REPLY, response_class=Response)
 async def get_backbones(
     request: Request,
     scope: Annotated[
@@ -38,9 +38,21 @@ async def get_backbones(
 
 
 @router.get(
-    "/backbones/{type}", summary="Describe one backbone type", responses=JSON_REPLY, response_class=Response
+    "/backbones/{type}", summary="Describe one backbone type", responses=TYPE_REPLY, response_class=Response
 )
-async def get_backbone(request: Request, type: str) -> Response:
+async def get_backbone(
+    request: Request,
+    type: Annotated[
+        str,
+        Path(
+            description="a type of `GET /backbones`",
+            openapi_examples={
+                "timm": {"value": "timm.resnet18"},
+                "OpenMMLab": {"value": "mmpretrain.ResNet"},
+            },
+        ),
+    ],
+) -> Response:
     """The JSON Schema of its parameters, its named architectures, its indices, and an example config."""
     engine = engine_of(request)
     return json_reply(await engine.planning(type_page, engine.planner, type))
@@ -50,7 +62,7 @@ async def get_backbone(request: Request, type: str) -> Response:
     "/backbones/inspect",
     summary="Describe what a config would build",
     openapi_extra=INSPECT_OPERATION,
-    responses=JSON_REPLY,
+    responses=INSPECT_REPLY,
     response_class=Response,
 )
 async def post_inspect(request: Request) -> Response:

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -26,6 +27,7 @@ from service.validation import pointer_to
 TEXT_PARTS = tuple(field.alias or name for name, field in FeatureRequest.model_fields.items())
 MAX_TEXT_BYTES = 256 * 1024
 MAX_PARTS = 2048
+CHARSETS = (b"utf-8", b"utf8", b"us-ascii")
 NPY_TYPES = ("application/x-npy", "application/npy")
 
 
@@ -45,6 +47,8 @@ async def read_features_request(request: Request, settings: Settings) -> Intake:
         UnsupportedMedia, MalformedBody, InvalidConfig, TooLarge: what is wrong with it.
     """
     media_type = media_type_of(request)
+    if media_type in READERS:
+        _refuse_query(request)
     reader = READERS.get(media_type) or (_read_raw if _is_raw(media_type) else None)
     if reader is None:
         served = ", ".join((*READERS, "image/*", *NPY_TYPES))
@@ -68,7 +72,22 @@ def _is_raw(media_type: str) -> bool:
     return media_type.startswith("image/") or media_type in (*NPY_TYPES, "application/octet-stream")
 
 
+def _refuse_charset(request: Request) -> None:
+    """Refuse parts in another charset: Python knows some that fail, or that make no text."""
+    _, parameters = parse_options_header(request.headers.get("content-type"))
+    charset = parameters.get(b"charset", b"utf-8").lower()
+    if charset not in CHARSETS:
+        raise UnsupportedMedia("multipart bodies are served in the charset utf-8 only")
+
+
+def _refuse_query(request: Request) -> None:
+    """Refuse keys in the query of a body that carries its own: they would be ignored without a word."""
+    for key in request.query_params:
+        raise InvalidConfig(f"#/{key[:64]}", "goes into the body; the query is for raw bodies")
+
+
 async def _read_multipart(request: Request) -> Intake:
+    _refuse_charset(request)
     try:
         form = await request.form(
             max_files=MAX_PARTS, max_fields=len(TEXT_PARTS) * 2, max_part_size=MAX_TEXT_BYTES
@@ -87,6 +106,8 @@ async def _intake_of_form(form: FormData) -> Intake:
     texts: dict[str, str] = {}
     for name, part in form.multi_items():
         if name in ("image", "tensor"):
+            if part == "":  # an unfilled field of a form
+                continue
             (images if name == "image" else tensors).append(await _file_of(name, part))
         elif name not in TEXT_PARTS:
             known = ", ".join(("image", "tensor", *TEXT_PARTS))

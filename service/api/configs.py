@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Annotated
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Path
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.api.openapi import JSON_REPLY
+from service.api.openapi import CONFIG_REPLY, CONFIGS_REPLY
 from service.api.reply import json_reply
 from service.api.state import client, engine_of
 
 router = APIRouter(tags=["configs"], dependencies=[Depends(client)])
 
 
-@router.get("/configs", summary="List the named configs", responses=JSON_REPLY, response_class=Response)
+@router.get("/configs", summary="List the named configs", responses=CONFIGS_REPLY, response_class=Response)
 async def get_configs(request: Request) -> Response:
     """The names that `backbone` may be instead of an object."""
     names = await asyncio.to_thread(engine_of(request).planner.catalogue.names)
@@ -23,9 +24,15 @@ async def get_configs(request: Request) -> Response:
 
 
 @router.get(
-    "/configs/{name:path}", summary="Show one named config", responses=JSON_REPLY, response_class=Response
+    "/configs/{name:path}", summary="Show one named config", responses=CONFIG_REPLY, response_class=Response
 )
-async def get_config(request: Request, name: str) -> Response:
+async def get_config(
+    request: Request,
+    name: Annotated[
+        str,
+        Path(description="a name of `GET /configs`", openapi_examples={"named": {"value": "resnet50_c5"}}),
+    ],
+) -> Response:
     """The config as its file has it, and as it is with its bases merged in."""
     config = await asyncio.to_thread(engine_of(request).planner.catalogue.load, name)
     return json_reply({"name": config.name, "as_written": config.as_written, "resolved": config.resolved()})

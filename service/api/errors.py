@@ -39,9 +39,9 @@ STATUS: Mapping[type[errors.ServiceError], int] = {
 }
 
 
-def status_of(error: errors.ServiceError) -> int:
+def status_of(error_class: type[errors.ServiceError]) -> int:
     """The status of an error: that of its nearest ancestor in the table."""
-    return next(STATUS[cls] for cls in type(error).__mro__ if cls in STATUS)
+    return next(STATUS[cls] for cls in error_class.__mro__ if cls in STATUS)
 
 
 def problem_type(error_class: type[errors.ServiceError]) -> str:
@@ -55,7 +55,7 @@ def problem_response(error: errors.ServiceError, request_id: str) -> Response:
     body: dict[str, Any] = {
         "type": problem_type(type(error)),
         "title": error.title,
-        "status": status_of(error),
+        "status": status_of(type(error)),
         "detail": error.detail,
         "request_id": request_id,
     }
@@ -123,6 +123,11 @@ async def on_validation_error(request: Request, error: Exception) -> Response:
 async def on_crash(request: Request, error: Exception) -> Response:
     """Answer a bug: nothing of it reaches the client but the id to find it in the log."""
     log.error("request %s crashed", request_id_of(request), exc_info=error)
+    request_id = request_id_of(request)
+    # The framework answers a crash outside of our middleware, which names the request otherwise.
     return plain_problem(
-        500, "the service failed; the request id finds the reason in its log", request_id_of(request)
+        500,
+        "the service failed; the request id finds the reason in its log",
+        request_id,
+        {"X-Request-ID": request_id, "X-Content-Type-Options": "nosniff"},
     )

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from service.api.bodies import Intake, read_features_request
-from service.api.openapi import FEATURES_OPERATION
+from service.api.openapi import FEATURES_OPERATION, FEATURES_REPLY
 from service.api.state import client, engine_of, while_connected
 from service.errors import TooLarge
 from service.protocol.encode import Chunk, EncodedReply, ReplyOptions, check_levels, encode, reply_bytes
@@ -25,6 +25,7 @@ router = APIRouter(tags=["features"])
     summary="Compute the features of images",
     dependencies=[Depends(client)],
     openapi_extra=FEATURES_OPERATION,
+    responses=FEATURES_REPLY,
     response_class=Response,
 )
 async def post_features(request: Request) -> Response:

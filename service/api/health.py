@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.api.openapi import JSON_REPLY, TEXT_REPLY
+from service.api.openapi import ALIVE_REPLY, METRICS_REPLY, READY_REPLY, VERSION_REPLY
 from service.api.reply import json_reply
 from service.api.state import client, engine_of
 from service.runtime.status import versions
@@ -14,7 +14,7 @@ from service.runtime.status import versions
 router = APIRouter(tags=["health"])
 
 
-@router.get("/healthz", summary="Is the process alive", responses=JSON_REPLY, response_class=Response)
+@router.get("/healthz", summary="Is the process alive", responses=ALIVE_REPLY, response_class=Response)
 async def get_healthz(request: Request) -> Response:
     """200 while the event loop answers and the device worker makes progress, else 503."""
     fault = engine_of(request).fault()
@@ -23,7 +23,7 @@ async def get_healthz(request: Request) -> Response:
     )
 
 
-@router.get("/readyz", summary="May it be sent requests", responses=JSON_REPLY, response_class=Response)
+@router.get("/readyz", summary="May it be sent requests", responses=READY_REPLY, response_class=Response)
 async def get_readyz(request: Request) -> Response:
     """200 once started and warm and while not draining, else 503 with the reason."""
     reason = engine_of(request).not_ready()
@@ -31,7 +31,7 @@ async def get_readyz(request: Request) -> Response:
     return json_reply(body, 503 if reason else 200, {"Retry-After": "1"} if reason else None)
 
 
-@router.get("/metrics", summary="Prometheus metrics", responses=TEXT_REPLY, response_class=Response)
+@router.get("/metrics", summary="Prometheus metrics", responses=METRICS_REPLY, response_class=Response)
 async def get_metrics(request: Request) -> Response:
     """Counters in Prometheus' text format."""
     return Response(engine_of(request).metrics_text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -41,7 +41,7 @@ async def get_metrics(request: Request) -> Response:
     "/version",
     summary="Versions",
     dependencies=[Depends(client)],
-    responses=JSON_REPLY,
+    responses=VERSION_REPLY,
     response_class=Response,
 )
 async def get_version(request: Request) -> Response:

@@ -12,9 +12,10 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import problem_response
-from service.errors import TooLarge, UnsupportedMedia
+from service.errors import Draining, ServiceError, TooLarge, UnsupportedMedia
 from service.metrics import Metrics
 
+PROBES = ("/healthz", "/readyz", "/metrics")
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 access_log = logging.getLogger("service.access")
 
@@ -36,6 +37,9 @@ class ServiceMiddleware:
         self._metrics.in_flight.inc()
         try:
             await self._answer(exchange)
+        except Exception:
+            exchange.status = 500  # answered further out
+            raise
         finally:
             self._metrics.in_flight.dec()
             self._note(scope, exchange.status, time.perf_counter() - started)
@@ -76,8 +80,11 @@ class _Exchange:
         self.request_id = _request_id(scope)
         scope["request_id"] = self.request_id
 
-    def refused_unread(self) -> TooLarge | UnsupportedMedia | None:
-        """What the headers alone rule out."""
+    def refused_unread(self) -> ServiceError | None:
+        """What the headers alone, or a shutdown under way, rule out."""
+        engine = getattr(self.scope["app"].state, "engine", None)
+        if engine is not None and engine.draining and self.scope["path"] not in PROBES:
+            return Draining("the service is shutting down")
         declared = _header(self.scope, b"content-length")
         if declared.isdigit() and int(declared) > self._max_body_bytes:
             return self.too_large()

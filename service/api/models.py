@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Depends
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Path
 from starlette.requests import Request
 from starlette.responses import Response
 
 from service.api.bodies import read_json_object
-from service.api.openapi import JSON_REPLY, LOAD_OPERATION
+from service.api.openapi import LOAD_OPERATION, LOAD_REPLY, MODELS_REPLY, UNLOAD_REPLY
 from service.api.reply import json_reply
 from service.api.state import client, engine_of, operator
 
@@ -18,7 +20,7 @@ router = APIRouter(tags=["models"])
     "/models",
     summary="List the models in memory",
     dependencies=[Depends(client)],
-    responses=JSON_REPLY,
+    responses=MODELS_REPLY,
     response_class=Response,
 )
 async def get_models(request: Request) -> Response:
@@ -32,6 +34,7 @@ async def get_models(request: Request) -> Response:
     status_code=201,
     dependencies=[Depends(operator)],
     openapi_extra=LOAD_OPERATION,
+    responses=LOAD_REPLY,
     response_class=Response,
 )
 async def post_models(request: Request) -> Response:
@@ -47,10 +50,19 @@ async def post_models(request: Request) -> Response:
     "/models/{id}",
     summary="Unload a model",
     dependencies=[Depends(operator)],
-    responses=JSON_REPLY,
+    responses=UNLOAD_REPLY,
     response_class=Response,
 )
-async def delete_model(request: Request, id: str) -> Response:
+async def delete_model(
+    request: Request,
+    id: Annotated[
+        str,
+        Path(
+            description="the id of `GET /models` or X-Model-ID",
+            openapi_examples={"id": {"value": "dc44b5df001be2fabf68"}},
+        ),
+    ],
+) -> Response:
     """Unload a model: at once, or with the request that uses it last."""
     gone = engine_of(request).cache.unload(id)
     return json_reply({"id": id, "state": "unloaded" if gone else "unloading"}, 200 if gone else 202)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-import sys
+import contextlib
+import logging
+import math
+import signal
+import socket
+import time
+from collections.abc import Iterator
 from types import FrameType
 
 import uvicorn
@@ -10,19 +16,55 @@ import uvicorn
 from service.api.app import create_app
 from service.settings import Settings
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+log = logging.getLogger("service.server")
+
 
 class DrainingServer(uvicorn.Server):
-    """Uvicorn that first tells the app it is draining, so that `/readyz` says no while requests still finish.
+    """Uvicorn that finishes what is in flight before it closes its door.
 
-    A second signal ends at once.
+    While requests are in flight after the first signal it still listens: `/readyz` and every new request are
+    answered 503, so that a load balancer learns of it instead of meeting a closed port. A second signal ends the
+    process at once.
     """
 
+    def __init__(self, config: uvicorn.Config, drain_s: float) -> None:
+        super().__init__(config)
+        self._drain_s = drain_s
+        self._drain_until = math.inf
+        self._is_told = False
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, but a stop that was asked for and went well is not raised again: the exit status is 0."""
+        with super().capture_signals():
+            yield
+            self._captured_signals.clear()
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Note a signal to stop."""
+        """Begin to drain; the next signal is the system's to handle, whatever this process is busy with."""
         engine = getattr(self.config.app.state, "engine", None)  # type: ignore[union-attr]  # ours is always an app
         if engine is not None:
             engine.draining = True
+        self._drain_until = time.monotonic() + self._drain_s
+        for stop_signal in STOP_SIGNALS:
+            signal.signal(stop_signal, signal.SIG_DFL)
         super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to leave the main loop: told to stop, and nothing in flight or no time left for it."""
+        stopping = await super().on_tick(counter)
+        if stopping and not self._is_told:  # a signal handler must not log
+            self._is_told = True
+            log.info("draining: requests in flight have %g s", self._drain_s)
+        in_flight = bool(self.server_state.tasks)
+        return stopping and not (in_flight and time.monotonic() < self._drain_until)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the listeners and stop the app; what is still in flight has what is left of the time."""
+        left_s = min(self._drain_s, max(0.0, self._drain_until - time.monotonic()))
+        self.config.timeout_graceful_shutdown = math.ceil(left_s)
+        await super().shutdown(sockets)
 
 
 def run_server(settings: Settings) -> int:
@@ -34,14 +76,12 @@ def run_server(settings: Settings) -> int:
         log_level="info",
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
         timeout_keep_alive=15,
         h11_max_incomplete_event_size=64 * 1024,
     )
-    server = DrainingServer(config)
+    server = DrainingServer(config, settings.drain_seconds)
     try:
         server.run()
-    except ValueError as error:  # a device that is not there
-        print(f"backbone-service: {error}", file=sys.stderr)  # noqa: T201 - the terminal is the audience
-        return 2
+    except SystemExit:  # uvicorn has said why: the address is taken
+        return 1
     return 0 if server.started else 1

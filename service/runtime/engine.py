@@ -34,7 +34,15 @@ from service.runtime.device import (
 from service.runtime.hub_models import is_hub_model, with_architecture
 from service.runtime.intake import Batch, Intake, Limits
 from service.runtime.model import LoadedModel, Precision, build_model, model_id
-from service.runtime.plan import SIZE_ERRORS, LevelShape, Plan, Planner, pooled_fact, pooled_shapes
+from service.runtime.plan import (
+    SIZE_ERRORS,
+    SIZE_POINTER,
+    LevelShape,
+    Plan,
+    Planner,
+    pooled_fact,
+    pooled_shapes,
+)
 from service.runtime.postprocess import Pool, refuse_pool
 from service.runtime.threads import on_thread, until
 from service.runtime.work import DeviceRunner, Done, Work, WorkJob
@@ -208,10 +216,12 @@ class Engine:
         # A small image may be too small for some of the levels only, and would fail its neighbours in the batch.
         is_small = height < made_for[0] or width < made_for[1]
         exact = is_small or prepared.query.tensor is not None or prepared.spec.mode != "native"
-        measure = self.planner.levels_at if exact else self.planner.levels_near
         levels = self.planner.known_levels(plan, (height, width))
-        if levels is None:
-            levels = await self.planning(measure, plan, (height, width))
+        if levels is None and exact:
+            pointer = _size_pointer(prepared.query)
+            levels = await self.planning(self.planner.levels_at, plan, (height, width), pointer)
+        elif levels is None:
+            levels = await self.planning(self.planner.levels_near, plan, (height, width))
         refuse_pool(prepared.query.pool, [level.fact for level in levels], plan.description.prefix_tokens)
         return levels
 
@@ -240,7 +250,7 @@ class Engine:
         except SIZE_ERRORS:
             height, width = batch.images.shape[2:]
             # Says so if it is the size that the architecture does not take; any other failure is ours.
-            await self.planning(self.planner.levels_at, plan, (height, width))
+            await self.planning(self.planner.levels_at, plan, (height, width), _size_pointer(query))
             raise
 
     # --- models ---------------------------------------------------------------------------------
@@ -382,6 +392,11 @@ class Engine:
         self.metrics.evictions.set(self.cache.evictions)
         self.metrics.queue_images.set(self.batcher.waiting_images)
         return self.metrics.text()
+
+
+def _size_pointer(query: FeatureQuery) -> str:
+    """Where a request says how large its images are."""
+    return SIZE_POINTER if query.tensor is None else "#/tensor"
 
 
 class _Clock:

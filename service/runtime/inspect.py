@@ -46,18 +46,16 @@ def type_page(planner: Planner, name: str) -> dict[str, Any]:
     Raises:
         UnknownBackbone, InvalidConfig: as for `Registry.resolve`.
     """
-    resolved = planner.backbones.resolve(name, pointer="")
+    resolved = planner.backbones.resolve(name, pointer="#/path/type")
     example = {**resolved.family.example(resolved.type), "type": resolved.type}
-    plan = planner.plan(example)
+    plan, by_default = planner.plan(example), planner.plan(_required(example))
     return {
         **_row(resolved.entry),
         "schema": resolved.family.config.model_json_schema(),
         "architectures": list(resolved.family.architectures(resolved.type)),
         "indices": {
-            "permitted": [feature.index for feature in plan.description.features],
-            "default": [
-                level.index for level in planner.plan({"type": resolved.type, **_required(example)}).levels
-            ],
+            "permitted": list(dict.fromkeys(feature.index for feature in plan.description.features)),
+            "default": list(dict.fromkeys(level.index for level in by_default.levels)),
         },
         "example": example,
     }
@@ -76,7 +74,7 @@ def inspection(planner: Planner, plan: Plan, size: tuple[int, int] | None) -> di
     return {
         "type": plan.type,
         "input_size": list(measured),
-        "levels": [_level(level) for level in planner.levels_at(plan, measured)],
+        "levels": [_level(level) for level in planner.levels_at(plan, measured, "#/input_size")],
         "parameters": plan.description.parameters,
         "bytes": plan.description.bytes,
         "weights": None

@@ -28,6 +28,7 @@ DESCRIPTIONS_KEPT = 2048
 SHAPES_KEPT = 4096
 META_KEPT = 8
 NOTHING_FROZEN = Freeze()
+SIZE_POINTER = "#/preprocess/size"
 # What networks raise for an input of a size that they do not take.
 SIZE_ERRORS = (RuntimeError, AssertionError, ValueError, IndexError, NotImplementedError)
 
@@ -167,7 +168,9 @@ class Planner:
         return self._meta.get(plan.config.key(), build)
 
     def freeze_report(self, plan: Plan) -> FreezeReport:
-        """What the config freezes."""
+        """What the config freezes; builds nothing where it freezes nothing and the description counts parameters."""
+        if plan.freeze == NOTHING_FROZEN and plan.description.tensors:
+            return FreezeReport(None, (), (), plan.description.tensors)
         key = (plan.config.key(), plan.freeze)
         return self._reports.get(key, lambda: self.meta_backbone(plan).frozen(plan.freeze))
 
@@ -175,13 +178,18 @@ class Planner:
         """What `levels_at` found before; costs no more than to look."""
         return self._shapes.peek(_shape_key(plan, size))
 
-    def levels_at(self, plan: Plan, size: tuple[int, int]) -> tuple[LevelShape, ...]:
+    def levels_at(
+        self, plan: Plan, size: tuple[int, int], pointer: str = SIZE_POINTER
+    ) -> tuple[LevelShape, ...]:
         """What every level of one image is at an input of [height, width].
+
+        Args:
+            pointer: the key of the request that the size is from.
 
         Raises:
             InvalidConfig: this backbone does not take this size, or the neck does not take these levels.
         """
-        return self._shapes.get(_shape_key(plan, size), lambda: self._measure(plan, size))
+        return self._shapes.get(_shape_key(plan, size), lambda: self._measure(plan, size, pointer))
 
     def levels_near(self, plan: Plan, size: tuple[int, int]) -> tuple[LevelShape, ...]:
         """What every level is about, at a size that is not worth building the architecture for.
@@ -191,8 +199,8 @@ class Planner:
         made_for = plan.input_size
         return tuple(level.scaled(made_for, size) for level in self.levels_at(plan, made_for))
 
-    def _measure(self, plan: Plan, size: tuple[int, int]) -> tuple[LevelShape, ...]:
-        levels = _levels_of_table(plan, size) or self._levels_of_meta(plan, size)
+    def _measure(self, plan: Plan, size: tuple[int, int], pointer: str) -> tuple[LevelShape, ...]:
+        levels = _levels_of_table(plan, size) or self._levels_of_meta(plan, size, pointer)
         if plan.neck_family is None:
             return levels
         facts = [level.fact for level in levels]
@@ -215,13 +223,13 @@ class Planner:
             (plan.config.key(), plan.levels, plan.neck_config), lambda: _built_neck(plan, facts)
         )
 
-    def _levels_of_meta(self, plan: Plan, size: tuple[int, int]) -> tuple[LevelShape, ...]:
+    def _levels_of_meta(self, plan: Plan, size: tuple[int, int], pointer: str) -> tuple[LevelShape, ...]:
         backbone = self.meta_backbone(plan)
         try:
             with torch.device("meta"), torch.inference_mode():
                 found = backbone(torch.empty((1, plan.description.in_channels, *size)), plan.nodes)
         except SIZE_ERRORS as error:
-            raise size_refused(plan, size) from error
+            raise size_refused(plan, size, pointer) from error
         features = {feature.node: feature for feature in plan.description.features}
         return tuple(
             level_shape(level, tuple(found[level.node].shape), size, features.get(level.node))
@@ -281,11 +289,11 @@ def _built_neck(plan: Plan, facts: Sequence[LevelFacts]) -> Neck:
     return neck.eval()
 
 
-def size_refused(plan: Plan, size: tuple[int, int]) -> InvalidConfig:
+def size_refused(plan: Plan, size: tuple[int, int], pointer: str) -> InvalidConfig:
     """The error for an input that a backbone cannot take."""
     height, width = plan.input_size
     detail = f"{plan.type} does not take images of {size[0]}x{size[1]}; it is made for {height}x{width}"
-    return InvalidConfig("#/preprocess/size", detail)
+    return InvalidConfig(pointer, detail)
 
 
 def _levels_of_table(plan: Plan, size: tuple[int, int]) -> tuple[LevelShape, ...] | None:
