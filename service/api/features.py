@@ -15,7 +15,8 @@ from service.errors import TooLarge
 from service.protocol.encode import Chunk, EncodedReply, ReplyOptions, check_levels, encode, reply_bytes
 from service.protocol.negotiate import JSON, negotiate
 from service.protocol.reply import FeatureReply
-from service.runtime.engine import Engine, FeatureQuery, Shapes
+from service.runtime.engine import Engine, Shapes
+from service.runtime.query import FeatureQuery
 
 router = APIRouter(tags=["features"])
 

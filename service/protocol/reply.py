@@ -49,8 +49,17 @@ class FrozenInfo:
 
 
 @dataclass(frozen=True)
+class NeckInfo:
+    """The neck behind the model's backbone."""
+
+    id: str
+    type: str
+    weights: WeightsInfo
+
+
+@dataclass(frozen=True)
 class ModelInfo:
-    """The model that computed the reply."""
+    """The model that computed the reply; `neck` is left out where there is none."""
 
     id: str
     type: str
@@ -58,10 +67,15 @@ class ModelInfo:
     precision: str
     weights: WeightsInfo
     frozen: FrozenInfo
+    neck: NeckInfo | None = None
 
     def describe(self) -> dict[str, Any]:
         """Plain JSON."""
-        return asdict(self) | {"weights": self.weights.describe()}
+        described = asdict(self) | {"weights": self.weights.describe()}
+        neck = described.pop("neck")
+        if self.neck is not None:
+            described["neck"] = neck | {"weights": self.neck.weights.describe()}
+        return described
 
 
 @dataclass(frozen=True)

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, ParamSpec, TypeVar
-
-import orjson
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
 
 from service.backbones.catalogue import backbone_registry
-from service.checkpoints.resolve import CheckpointFile, CheckpointStore
+from service.checkpoints.resolve import CheckpointStore
 from service.config.files import ConfigCatalogue
-from service.config.preprocess import PreprocessSpec, parse_preprocess, resolve_preprocess
+from service.config.preprocess import parse_preprocess, resolve_preprocess
+from service.config.spec import WeightsRef
 from service.errors import DeadlineExceeded, ModelLoading, ServiceError
 from service.metrics import Metrics
 from service.necks.catalogue import neck_registry
-from service.protocol.reply import FeatureReply, FrozenInfo, LevelArray, ModelInfo, Timings, WeightsInfo
+from service.protocol.reply import FeatureReply, Timings
 from service.runtime.batcher import Batcher
 from service.runtime.cache import Entry, ModelCache
 from service.runtime.device import (
@@ -33,17 +31,27 @@ from service.runtime.device import (
 )
 from service.runtime.hub_models import is_hub_model, with_architecture
 from service.runtime.intake import Batch, Intake, Limits
-from service.runtime.model import LoadedModel, Precision, build_model, model_id
+from service.runtime.model import (
+    NECK_PREFIX,
+    LoadedModel,
+    LoadedNeck,
+    LoadedNetwork,
+    Weights,
+    build_model,
+    build_neck,
+    network_id,
+)
 from service.runtime.plan import (
     SIZE_ERRORS,
     SIZE_POINTER,
     LevelShape,
     Plan,
     Planner,
-    pooled_fact,
     pooled_shapes,
 )
-from service.runtime.postprocess import Pool, refuse_pool
+from service.runtime.postprocess import refuse_pool
+from service.runtime.query import FeatureQuery, Prepared, fingerprint
+from service.runtime.report import model_entry, model_info, reply_levels
 from service.runtime.threads import on_thread, until
 from service.runtime.work import DeviceRunner, Done, Work, WorkJob
 from service.settings import Settings
@@ -54,34 +62,6 @@ Shapes = Sequence[tuple[int, ...]]
 STUCK_AFTER_S = 120.0
 CONNECT_TIMEOUT_S = 3.0
 log = logging.getLogger("service.engine")
-
-
-@dataclass(frozen=True)
-class FeatureQuery:
-    """What a client asks of `POST /features`, bounded but not yet resolved."""
-
-    backbone: Any
-    images: tuple[bytes, ...] = ()
-    tensor: bytes | None = None
-    neck: Any = None
-    preprocess: Any = None
-    precision: Precision = "float32"
-    dtype: Literal["float32", "float16"] = "float32"
-    pool: Pool = "none"
-    normalize: bool = False
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A query resolved as far as it goes without an image or a weight; `fingerprint` identifies its answer."""
-
-    query: FeatureQuery
-    plan: Plan
-    spec: PreprocessSpec
-    file: CheckpointFile | None
-    model_id: str
-    fingerprint: str
-    deadline: float
 
 
 class Engine:
@@ -101,7 +81,7 @@ class Engine:
         self._loader = ThreadPoolExecutor(1, "loader")
         limits = Limits(settings.max_pixels, settings.max_images, settings.max_body_bytes // 4)
         self._intake = Intake(self._codecs, limits)
-        self.cache: ModelCache[LoadedModel] = ModelCache(
+        self.cache: ModelCache[LoadedNetwork] = ModelCache(
             budget_bytes=budget_bytes(settings.model_budget, self.device),
             min_residency_s=settings.min_residency,
             executor=self._loader,
@@ -132,10 +112,12 @@ class Engine:
             plan = await self.plan(query.backbone, query.neck, query.preprocess)
             defaults = [plan.config.input_defaults(), plan.description.input]
             spec = resolve_preprocess(parse_preprocess(plan.preprocess), defaults)
-            file = await self._weights_file(plan)
-        identity = model_id(plan.config, plan.weights, file)
-        fingerprint = await on_thread(self._codecs, _fingerprint, query, plan, spec, identity, extra)
-        return Prepared(query, plan, spec, file, identity, fingerprint, deadline)
+            weights = await self._found(plan.weights)
+            neck_weights = await self._found(_neck_ref(plan))
+        identity = network_id(plan.config.key(), weights)
+        parts = (query, plan, spec, identity, neck_weights, extra)
+        digest = await on_thread(self._codecs, fingerprint, *parts)
+        return Prepared(query, plan, spec, weights, neck_weights, identity, digest, deadline)
 
     async def plan(self, backbone: Any, neck: Any = None, preprocess: Any = None) -> Plan:
         """A config, or the name of one, resolved.
@@ -158,12 +140,14 @@ class Engine:
         """Run something that may build an architecture on the meta device."""
         return await on_thread(self._plans, function, *arguments, **keywords)
 
-    async def _weights_file(self, plan: Plan) -> CheckpointFile | None:
-        """The checkpoint's file. One that is at hand does not wait behind somebody's download."""
-        if plan.weights is None:
+    async def _found(self, ref: WeightsRef | None) -> Weights | None:
+        """The checkpoint that was asked for. One that is at hand does not wait behind somebody's download."""
+        if ref is None:
             return None
-        known = self.store.peek(plan.weights)
-        return known or await on_thread(self._fetches, self.store.resolve, plan.weights)
+        file = self.store.peek(ref)
+        if file is None:
+            file = await on_thread(self._fetches, self.store.resolve, ref)
+        return Weights(ref, file)
 
     async def extract(
         self, prepared: Prepared, refuse_reply: Callable[[Shapes, Sequence[str]], None]
@@ -182,18 +166,18 @@ class Engine:
             shapes = pooled_shapes(levels, len(batch.infos), prepared.query.pool)
             refuse_reply(shapes, [level.fact.name for level in levels])
         clock.lap("decode")
-        async with self._leased(prepared.plan, prepared.file, prepared.model_id, prepared.deadline) as entry:
+        async with self._leased(prepared) as (model, neck):
             clock.lap("load")
             async with until(prepared.deadline, late):
-                done = await self._compute(prepared, batch, levels, entry.model)
+                done = await self._compute(prepared, batch, levels, model, neck)
             clock.note("queue", done.queue_s)
             clock.note("forward", done.forward_s)
-            model = self._model_info(prepared.plan, entry.model, prepared.query.precision)
+            described = model_info(prepared, model, neck)
         self._observe_stages(clock.seconds)
         return FeatureReply(
-            model=model,
+            model=described,
             images=batch.infos,
-            levels=_replied(levels, done, prepared.query.pool),
+            levels=reply_levels(levels, done.arrays, prepared.query.pool),
             timings=Timings(**{stage: seconds * 1000 for stage, seconds in clock.seconds.items()}),
             preprocess=None if prepared.query.tensor is not None else prepared.spec.as_json(),
         )
@@ -226,12 +210,17 @@ class Engine:
         return levels
 
     async def _compute(
-        self, prepared: Prepared, batch: Batch, levels: Sequence[LevelShape], model: LoadedModel
+        self,
+        prepared: Prepared,
+        batch: Batch,
+        levels: Sequence[LevelShape],
+        model: LoadedModel,
+        neck: LoadedNeck | None,
     ) -> Done:
         query, plan = prepared.query, prepared.plan
         work = Work(
             model=model,
-            neck=self.planner.neck(plan),
+            neck=None if neck is None else neck.neck,
             names=tuple(level.fact.name for level in levels),
             levels=plan.levels,
             prefix_tokens=plan.description.prefix_tokens,
@@ -256,83 +245,85 @@ class Engine:
     # --- models ---------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def _leased(
-        self, plan: Plan, file: CheckpointFile | None, identity: str, deadline: float
-    ) -> AsyncIterator[Entry[LoadedModel]]:
-        """The model of a plan, loaded if need be; the deadline ends the wait, not the load."""
+    async def _leased(self, prepared: Prepared) -> AsyncIterator[tuple[LoadedModel, LoadedNeck | None]]:
+        """The networks of a query, loaded if need be; the deadline ends the wait, not the load."""
+        plan, weights = prepared.plan, prepared.weights
+        build = partial(build_model, plan, weights, self.device)
+        async with self._lease(prepared.model_id, plan.description.bytes, build, prepared.deadline) as entry:
+            model = entry.model
+            assert isinstance(model, LoadedModel)
+            model.refuse_unfilled(plan.levels, plan.weights.pointer if plan.weights else "#/backbone")
+            async with self._leased_neck(prepared) as neck:
+                yield model, neck
+
+    @asynccontextmanager
+    async def _leased_neck(self, prepared: Prepared) -> AsyncIterator[LoadedNeck | None]:
+        """The neck of a query. One without weights is made anew: it costs nothing and is in no list."""
+        plan, weights = prepared.plan.neck, prepared.neck_weights
+        if plan is None:
+            yield None
+        elif not plan.description.parameters:
+            yield build_neck(plan, None, self.device)
+        else:
+            build = partial(build_neck, plan, weights, self.device)
+            key = network_id(plan.key, weights)
+            async with self._lease(key, plan.description.bytes, build, prepared.deadline) as entry:
+                assert isinstance(entry.model, LoadedNeck)
+                yield entry.model
+
+    @asynccontextmanager
+    async def _lease(
+        self, key: str, needed_bytes: int, build: Callable[[], LoadedNetwork], deadline: float
+    ) -> AsyncIterator[Entry[LoadedNetwork]]:
         loading = ModelLoading("the model is still loading; ask again", retry_after_s=5)
-        lease = self.cache.lease(identity, plan.description.bytes, self._builder(plan, file))
+        lease = self.cache.lease(key, needed_bytes, partial(self._counted, build))
         async with until(deadline, loading):
             entry = await lease.__aenter__()
         try:
-            entry.model.refuse_unfilled(plan.levels, plan.weights.pointer if plan.weights else "#/backbone")
             yield entry
         finally:
             await lease.__aexit__(None, None, None)
 
-    def _builder(self, plan: Plan, file: CheckpointFile | None) -> Callable[[], tuple[LoadedModel, int]]:
-        def build() -> tuple[LoadedModel, int]:
-            outcome = "failed"
-            try:
-                model = build_model(plan.type, plan.family, plan.config, plan.weights, file, self.device)
-                outcome = "loaded"
-            finally:
-                self.metrics.loads.labels(outcome).inc()
-            return model, model.bytes
-
-        return build
+    def _counted(self, build: Callable[[], LoadedNetwork]) -> tuple[LoadedNetwork, int]:
+        """A load, counted by how it went."""
+        outcome = "failed"
+        try:
+            network = build()
+            outcome = "loaded"
+        finally:
+            self.metrics.loads.labels(outcome).inc()
+        return network, network.bytes
 
     async def load(
         self, backbone: Any, neck: Any = None, preprocess: Any = None
     ) -> tuple[dict[str, Any], bool]:
         """Load what a config builds and run it once; its entry of `GET /models`, and whether it is new."""
         prepared = await self.prepare(FeatureQuery(backbone, neck=neck, preprocess=preprocess))
-        plan = prepared.plan
         fresh = all(entry.key != prepared.model_id for entry in self.cache)
-        async with self._leased(plan, prepared.file, prepared.model_id, prepared.deadline) as entry:
+        async with self._leased(prepared) as (model, neck):
             if fresh:
-                await self._run_once(prepared, entry.model)
-            return self._entry(entry), fresh
+                await self._run_once(prepared, model, neck)
+            [entry] = [entry for entry in self.cache if entry.model is model]
+            return model_entry(entry), fresh
 
-    async def _run_once(self, prepared: Prepared, model: LoadedModel) -> None:
+    async def _run_once(self, prepared: Prepared, model: LoadedModel, neck: LoadedNeck | None) -> None:
         """Compute one blank image, so that the first real one does not pay for what is set up lazily."""
         size = prepared.spec.size or prepared.plan.input_size
         batch = Batch.blank(prepared.plan.description.in_channels, size)
         levels = await self._levels(prepared, batch)
-        await self._compute(prepared, batch, levels, model)
-
-    def _model_info(self, plan: Plan, model: LoadedModel, precision: Precision) -> ModelInfo:
-        report = model.freeze_report(plan.freeze)
-        frozen = FrozenInfo(report.stages, len(report.parameters), report.of)
-        return ModelInfo(model.id, plan.type, str(self.device), precision, _weights_info(model), frozen)
+        await self._compute(prepared, batch, levels, model, neck)
 
     def model_list(self) -> dict[str, Any]:
         """What is in memory, and the budget."""
         entries = sorted(self.cache, key=lambda entry: entry.last_used, reverse=True)
         return {
-            "models": [self._entry(entry) for entry in entries],
+            "models": [model_entry(entry) for entry in entries],
             "loading": list(self.cache.loading),
             "budget": {
                 "bytes": self.cache.budget_bytes,
                 "used": self.cache.used_bytes,
                 "device": str(self.device),
             },
-        }
-
-    def _entry(self, entry: Entry[LoadedModel]) -> dict[str, Any]:
-        model = entry.model
-        return {
-            "id": entry.key,
-            "type": model.type,
-            "device": str(model.device),
-            "dtype": "float32",
-            "bytes": entry.bytes,
-            "weights": _weights_info(model).describe(),
-            "engine": "torch",
-            "hits": entry.hits,
-            "in_use": entry.leases,
-            "last_used": entry.last_used,
-            "load_seconds": round(entry.load_seconds, 3),
         }
 
     # --- life -----------------------------------------------------------------------------------
@@ -428,44 +419,11 @@ def _checkpoint_store(settings: Settings) -> CheckpointStore:
     )
 
 
-def _replied(levels: Sequence[LevelShape], done: Done, pool: Pool) -> tuple[LevelArray, ...]:
-    facts = [pooled_fact(level.fact, pool) for level in levels]
-    return tuple(
-        LevelArray(fact.index, fact.name, fact.layout, fact.stride, fact.channels, array)
-        for fact, array in zip(facts, done.arrays, strict=True)
-    )
-
-
-def _weights_info(model: LoadedModel) -> WeightsInfo:
-    file, keys = model.checkpoint, model.keys
-    if file is None:
-        return WeightsInfo("random")
-    return WeightsInfo(
-        file.source,
-        file.name,
-        file.sha256,
-        keys.loaded,
-        tuple(keys.missing),
-        tuple(keys.unexpected),
-        keys.prefix,
-    )
-
-
-def _fingerprint(query: FeatureQuery, plan: Plan, spec: PreprocessSpec, identity: str, extra: str) -> str:
-    """A digest of everything that decides the answer: weights, config, images, and how they are prepared."""
-    parts = [
-        identity,
-        repr(plan.levels),
-        repr(plan.freeze),
-        repr(plan.neck_config),
-        query.precision,
-        query.dtype,
-        query.pool,
-        query.normalize,
-        spec.as_json() if query.tensor is None else None,
-        extra,
-    ]
-    digest = hashlib.sha256(orjson.dumps(parts))
-    for data in (query.tensor or b"", *query.images):
-        digest.update(hashlib.sha256(data).digest())
-    return digest.hexdigest()[:32]
+def _neck_ref(plan: Plan) -> WeightsRef | None:
+    """Where a neck's weights are: where its config says, else perhaps beside the backbone's in one checkpoint."""
+    if plan.neck is None or not plan.neck.description.parameters:
+        return None
+    own = plan.neck.config.weights()
+    if own is not None or plan.weights is None:
+        return own
+    return WeightsRef(plan.weights.name, NECK_PREFIX, plan.weights.pointer)

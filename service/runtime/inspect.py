@@ -11,7 +11,7 @@ from service.backbones.registry import TypeEntry
 from service.config.files import ConfigCatalogue
 from service.config.spec import FreezeReport
 from service.necks.catalogue import neck_registry
-from service.runtime.plan import LevelShape, Plan, Planner
+from service.runtime.plan import LevelShape, NeckPlan, Plan, Planner
 
 
 def list_types(planner: Planner, scope: str, search: str, limit: int, cursor: str) -> dict[str, Any]:
@@ -70,17 +70,17 @@ def _required(example: Mapping[str, Any]) -> dict[str, Any]:
 def inspection(planner: Planner, plan: Plan, size: tuple[int, int] | None) -> dict[str, Any]:
     """What a config would build, at an input of [height, width]."""
     measured = size or plan.input_size
-    report = planner.freeze_report(plan)
     return {
         "type": plan.type,
         "input_size": list(measured),
         "levels": [_level(level) for level in planner.levels_at(plan, measured, "#/input_size")],
         "parameters": plan.description.parameters,
         "bytes": plan.description.bytes,
+        "neck": None if plan.neck is None else _neck(plan.neck),
         "weights": None
         if plan.weights is None
         else {"checkpoint": plan.weights.name, "prefix": plan.weights.prefix},
-        "frozen": _frozen(report),
+        "frozen": _frozen(plan.frozen),
     }
 
 
@@ -94,6 +94,11 @@ def _level(level: LevelShape) -> dict[str, Any]:
         "channels": fact.channels,
         "shape": list(level.shape),
     }
+
+
+def _neck(neck: NeckPlan) -> dict[str, Any]:
+    described = neck.description
+    return {"type": neck.type, "parameters": described.parameters, "bytes": described.bytes}
 
 
 def _frozen(report: FreezeReport) -> dict[str, Any]:

@@ -3,42 +3,53 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from service.backbones.base import Backbone, BackboneConfig, Family
-from service.checkpoints.read import read_checkpoint
+from service.backbones.base import Backbone
+from service.checkpoints.read import StateDict, read_checkpoint
 from service.checkpoints.resolve import CheckpointFile
-from service.config.spec import Freeze, FreezeReport, Level, LoadedKeys, WeightsRef
+from service.config.spec import Level, LoadedKeys, WeightsRef
 from service.errors import CheckpointMismatch
+from service.necks.base import Neck
+from service.runtime.plan import NeckPlan, Plan
 
 Precision = Literal["float32", "bfloat16", "float16"]
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 ID_LENGTH = 20
+NECK_PREFIX = "neck."
+N = TypeVar("N", bound=nn.Module)
 
 
 @dataclass
-class LoadedModel:
-    """A backbone in memory. `id` is a digest of its architecture and its weights."""
+class LoadedNetwork:
+    """A network in memory. `id` is a digest of its architecture and its weights; `bytes` counts both."""
 
     id: str
     type: str
-    backbone: Backbone
     bytes: int
     device: torch.device
     checkpoint: CheckpointFile | None
     keys: LoadedKeys
-    reports: dict[Freeze, FreezeReport] = field(default_factory=dict)
 
-    def freeze_report(self, freeze: Freeze) -> FreezeReport:
-        """What `freeze` freezes of this model."""
-        if freeze not in self.reports:
-            self.reports[freeze] = self.backbone.frozen(freeze)
-        return self.reports[freeze]
+
+@dataclass
+class LoadedNeck(LoadedNetwork):
+    """A neck in memory; it may stand behind any backbone that gives the same levels."""
+
+    neck: Neck
+
+
+@dataclass
+class LoadedModel(LoadedNetwork):
+    """A backbone in memory."""
+
+    backbone: Backbone
 
     def refuse_unfilled(self, levels: Sequence[Level], pointer: str) -> None:
         """Refuse levels that depend on weights which the checkpoint has not.
@@ -64,39 +75,74 @@ class LoadedModel:
         return {node: feature.float() for node, feature in found.items()}
 
 
-def model_id(config: BackboneConfig, ref: WeightsRef | None, file: CheckpointFile | None) -> str:
-    """The id of what `config` builds with these weights; equal on every replica."""
-    weights = f"{file.sha256}:{ref.prefix or ''}" if file is not None and ref is not None else "random"
-    return hashlib.sha256(f"{config.key()}:{weights}".encode()).hexdigest()[:ID_LENGTH]
+@dataclass(frozen=True)
+class Weights:
+    """A checkpoint that was asked for and found: `ref` says which of its keys, `file` where they are."""
+
+    ref: WeightsRef
+    file: CheckpointFile
+
+    @property
+    def identity(self) -> str:
+        """What a network's id says of its weights."""
+        return f"{self.file.sha256}:{self.ref.prefix or ''}"
 
 
-def build_model(
-    type_name: str,
-    family: Family[Any],
-    config: BackboneConfig,
-    ref: WeightsRef | None,
-    file: CheckpointFile | None,
-    device: torch.device,
-) -> LoadedModel:
-    """Build a backbone, fill it from its checkpoint or from a seed of its architecture, and place it.
-
-    Building is always done on the CPU, so that random weights are the same whatever the device.
-    """
-    backbone, keys = _filled(family, config, ref, file)
-    backbone = backbone.eval().requires_grad_(requires_grad=False).to(device)
-    size = module_bytes(backbone)
-    return LoadedModel(model_id(config, ref, file), type_name, backbone, size, device, file, keys)
+def network_id(key: str, weights: Weights | None) -> str:
+    """The id of what the architecture of this key is with these weights; equal on every replica."""
+    identity = weights.identity if weights is not None else "random"
+    return hashlib.sha256(f"{key}:{identity}".encode()).hexdigest()[:ID_LENGTH]
 
 
-def _filled(
-    family: Family[Any], config: BackboneConfig, ref: WeightsRef | None, file: CheckpointFile | None
-) -> tuple[Backbone, LoadedKeys]:
+@contextmanager
+def seeded(key: str) -> Iterator[None]:
+    """Random weights from a seed of an architecture's key, made on the CPU: the same whatever the device."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.manual_seed(int(config.key()[:15], 16))
-        if ref is not None and file is not None:
-            state = read_checkpoint(file.path, pointer=ref.pointer)
-            return family.load(config, state, ref)
-        return family.build(config), LoadedKeys(0)
+        torch.manual_seed(int(key[:15], 16))
+        yield
+
+
+def build_model(plan: Plan, weights: Weights | None, device: torch.device) -> LoadedModel:
+    """Build a backbone, fill it from its checkpoint or at random, and place it."""
+    key = plan.config.key()
+    with seeded(key):
+        if weights is None:
+            backbone, keys = plan.family.build(plan.config), LoadedKeys(0)
+        else:
+            state = read_checkpoint(weights.file.path, pointer=weights.ref.pointer)
+            backbone, keys = plan.family.load(plan.config, state, weights.ref)
+    placed = _placed(backbone, device)
+    size = module_bytes(placed)
+    file = weights.file if weights is not None else None
+    return LoadedModel(network_id(key, weights), plan.type, size, device, file, keys, placed)
+
+
+def build_neck(plan: NeckPlan, weights: Weights | None, device: torch.device) -> LoadedNeck:
+    """Build a neck, fill it from its checkpoint or at random, and place it.
+
+    Weights that are the backbone's checkpoint, and not the neck's own, fill it only if the file has a neck.
+    """
+    state = None if weights is None else read_checkpoint(weights.file.path, pointer=weights.ref.pointer)
+    if state is not None and plan.config.weights() is None and not has_neck(state):
+        state = None
+    with seeded(plan.key):
+        if state is None or weights is None:
+            neck, keys = plan.family.build(plan.config, plan.inputs), LoadedKeys(0)
+        else:
+            neck, keys = plan.family.load(plan.config, plan.inputs, state, weights.ref)
+    placed = _placed(neck, device)
+    size = module_bytes(placed)
+    file = weights.file if weights is not None and state is not None else None
+    return LoadedNeck(network_id(plan.key, weights), plan.type, size, device, file, keys, placed)
+
+
+def has_neck(state: StateDict) -> bool:
+    """Whether a checkpoint holds a neck where OpenMMLab's detectors and classifiers have it."""
+    return any(name.startswith(NECK_PREFIX) for name in state)
+
+
+def _placed(network: N, device: torch.device) -> N:
+    return network.eval().requires_grad_(requires_grad=False).to(device)
 
 
 def module_bytes(module: nn.Module) -> int:

@@ -19,7 +19,7 @@ from service.backbones.registry import Registry, Resolved, json_type
 from service.config.files import ConfigCatalogue, NamedConfig
 from service.config.spec import Description, FeatureInfo, Freeze, FreezeReport, Layout, Level, WeightsRef
 from service.errors import InvalidConfig
-from service.necks.base import LevelFacts, Neck, NeckConfig, NeckFamily
+from service.necks.base import LevelFacts, NeckConfig, NeckDescription, NeckFamily
 from service.validation import invalid
 
 T = TypeVar("T")
@@ -62,6 +62,22 @@ class Lru(Generic[T]):
 
 
 @dataclass(frozen=True)
+class NeckPlan:
+    """A neck behind a backbone: what it is built from, the levels that go in, and what comes out."""
+
+    type: str
+    family: NeckFamily[Any]
+    config: NeckConfig
+    inputs: tuple[LevelFacts, ...]
+    description: NeckDescription
+
+    @property
+    def key(self) -> str:
+        """A digest of everything that decides its network."""
+        return hashlib.sha256(f"{self.config.key()}:{self.inputs}".encode()).hexdigest()
+
+
+@dataclass(frozen=True)
 class Plan:
     """A request's config, resolved: what to build, what to return, what counts as frozen."""
 
@@ -70,11 +86,10 @@ class Plan:
     config: BackboneConfig
     description: Description
     levels: tuple[Level, ...]
-    freeze: Freeze
+    frozen: FreezeReport
     weights: WeightsRef | None
-    neck_family: NeckFamily[Any] | None
-    neck_config: NeckConfig | None
     preprocess: Any
+    neck: NeckPlan | None = None
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -100,8 +115,6 @@ class Planner:
         self._descriptions: Lru[Description] = Lru(DESCRIPTIONS_KEPT)
         self._meta: Lru[Backbone] = Lru(META_KEPT)
         self._shapes: Lru[tuple[LevelShape, ...]] = Lru(SHAPES_KEPT)
-        self._necks: Lru[Neck] = Lru(META_KEPT)
-        self._reports: Lru[FreezeReport] = Lru(SHAPES_KEPT)
 
     def named(self, name: str, neck: Any, preprocess: Any) -> tuple[Any, Any, Any]:
         """A named config as backbone, neck and preprocess; what is given beside the name goes before its own.
@@ -128,51 +141,49 @@ class Planner:
         resolved = self.backbones.resolve(json_type(backbone, pointer="#/backbone"))
         config = _configure(resolved, backbone)
         description = self.describe(resolved.family, config)
-        neck_family, neck_config = self._neck(neck)
         plan = Plan(
             type=config.type,
             family=resolved.family,
             config=config,
             description=description,
             levels=config.levels(description),
-            freeze=config.freeze(),
+            frozen=self._frozen(resolved.family, config, description),
             weights=config.weights(),
-            neck_family=neck_family,
-            neck_config=neck_config,
             preprocess=preprocess,
         )
-        if plan.freeze != NOTHING_FROZEN:
-            self.freeze_report(plan)  # refuses stages that are not there
-        return plan
+        return plan if neck is None else replace(plan, neck=self._neck(neck, plan))
 
-    def _neck(self, raw: Any) -> tuple[NeckFamily[Any] | None, NeckConfig | None]:
-        if raw is None:
-            return None, None
+    def _neck(self, raw: Any, bare: Plan) -> NeckPlan:
+        """The neck of a config behind the backbone of a plan that has none yet."""
         if isinstance(raw, str):
             raw = {"type": raw}
         resolved = self.necks.resolve(json_type(raw, pointer="#/neck"), pointer="#/neck/type")
-        return resolved.family, _validated(resolved, raw, "#/neck")
+        config: NeckConfig = _validated(resolved, raw, "#/neck")
+        inputs = tuple(level.fact for level in self.levels_at(bare, bare.input_size))
+        return NeckPlan(
+            resolved.type, resolved.family, config, inputs, resolved.family.describe(config, inputs)
+        )
 
     def describe(self, family: Family[Any], config: BackboneConfig) -> Description:
         """Features and size of an architecture."""
         return self._descriptions.get(config.key(), lambda: family.describe(config))
 
-    def meta_backbone(self, plan: Plan) -> Backbone:
+    def _meta_backbone(self, family: Family[Any], config: BackboneConfig) -> Backbone:
         """The architecture on the meta device: shapes and names, no weights."""
 
         def build() -> Backbone:
             with torch.device("meta"):
-                backbone: Backbone = plan.family.build(plan.config)
+                backbone: Backbone = family.build(config)
             return backbone.eval()
 
-        return self._meta.get(plan.config.key(), build)
+        return self._meta.get(config.key(), build)
 
-    def freeze_report(self, plan: Plan) -> FreezeReport:
-        """What the config freezes; builds nothing where it freezes nothing and the description counts parameters."""
-        if plan.freeze == NOTHING_FROZEN and plan.description.tensors:
-            return FreezeReport(None, (), (), plan.description.tensors)
-        key = (plan.config.key(), plan.freeze)
-        return self._reports.get(key, lambda: self.meta_backbone(plan).frozen(plan.freeze))
+    def _frozen(self, family: Family[Any], config: BackboneConfig, description: Description) -> FreezeReport:
+        """What a config freezes; builds nothing where that is nothing and the description counts parameters."""
+        freeze = config.freeze()
+        if freeze == NOTHING_FROZEN and description.tensors:
+            return FreezeReport(None, (), (), description.tensors)
+        return self._meta_backbone(family, config).frozen(freeze)
 
     def known_levels(self, plan: Plan, size: tuple[int, int]) -> tuple[LevelShape, ...] | None:
         """What `levels_at` found before; costs no more than to look."""
@@ -201,30 +212,10 @@ class Planner:
 
     def _measure(self, plan: Plan, size: tuple[int, int], pointer: str) -> tuple[LevelShape, ...]:
         levels = _levels_of_table(plan, size) or self._levels_of_meta(plan, size, pointer)
-        if plan.neck_family is None:
-            return levels
-        facts = [level.fact for level in levels]
-        described = plan.neck_family.describe(plan.neck_config, facts)
-        with torch.device("meta"), torch.inference_mode():
-            neck = plan.neck_family.build(plan.neck_config, facts).eval()
-            found = neck([torch.empty(level.shape) for level in levels])
-        return tuple(
-            LevelShape(fact, tuple(tensor.shape))
-            for fact, tensor in zip(described.levels, found, strict=True)
-        )
-
-    def neck(self, plan: Plan) -> Neck | None:
-        """The neck of a plan; it has no weights."""
-        if plan.neck_family is None:
-            return None
-        bare = replace(plan, neck_family=None, neck_config=None)
-        facts = [level.fact for level in self.levels_at(bare, bare.input_size)]
-        return self._necks.get(
-            (plan.config.key(), plan.levels, plan.neck_config), lambda: _built_neck(plan, facts)
-        )
+        return levels if plan.neck is None else _behind(plan.neck, levels)
 
     def _levels_of_meta(self, plan: Plan, size: tuple[int, int], pointer: str) -> tuple[LevelShape, ...]:
-        backbone = self.meta_backbone(plan)
+        backbone = self._meta_backbone(plan.family, plan.config)
         try:
             with torch.device("meta"), torch.inference_mode():
                 found = backbone(torch.empty((1, plan.description.in_channels, *size)), plan.nodes)
@@ -283,10 +274,21 @@ def pooled_fact(fact: LevelFacts, pool: str) -> LevelFacts:
     return fact if pool == "none" else replace(fact, layout="NC", stride=None)
 
 
-def _built_neck(plan: Plan, facts: Sequence[LevelFacts]) -> Neck:
-    assert plan.neck_family is not None
-    neck: Neck = plan.neck_family.build(plan.neck_config, facts)
-    return neck.eval()
+def _behind(neck: NeckPlan, levels: Sequence[LevelShape]) -> tuple[LevelShape, ...]:
+    """The levels that a neck makes of these.
+
+    Raises:
+        InvalidConfig: it cannot take them at this size.
+    """
+    try:
+        with torch.device("meta"), torch.inference_mode():
+            network = neck.family.build(neck.config, neck.inputs).eval()
+            found = network([torch.empty(level.shape) for level in levels])
+    except SIZE_ERRORS as error:
+        sizes = ", ".join("x".join(map(str, level.shape[2:])) for level in levels)
+        raise InvalidConfig("#/neck", f"{neck.type} does not take levels of {sizes}") from error
+    facts = neck.description.levels
+    return tuple(LevelShape(fact, tuple(tensor.shape)) for fact, tensor in zip(facts, found, strict=True))
 
 
 def size_refused(plan: Plan, size: tuple[int, int], pointer: str) -> InvalidConfig:
@@ -316,7 +318,7 @@ def _digest(*parts: Any) -> bytes:
 
 
 def _shape_key(plan: Plan, size: tuple[int, int]) -> Hashable:
-    return plan.config.key(), plan.levels, plan.neck_config, size
+    return plan.config.key(), plan.levels, plan.neck and plan.neck.key, size
 
 
 def _completed(named: NamedConfig, neck: Any, preprocess: Any) -> tuple[Mapping[str, Any], Any, Any]:

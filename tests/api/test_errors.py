@@ -594,5 +594,5 @@ def test_a_problem_carries_the_id_that_the_client_gave(http: httpx.Client) -> No
 
 @pytest.mark.parametrize("forged", ["", "a b", "a" * 129, "<script>", "é"])
 def test_a_malformed_request_id_is_replaced(http: httpx.Client, forged: str) -> None:
-    reply = http.get("/backbones/nothing", headers={"X-Request-ID": forged.encode()})
+    reply = http.get("/backbones/nothing", headers={b"X-Request-ID": forged.encode()})
     assert assert_problem(reply, 404)["request_id"] != forged

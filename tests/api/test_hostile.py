@@ -65,15 +65,21 @@ def besieged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Besieged]:
     hub = Remote()
     mirrors = ",".join(f"{host}={hub.url}" for host in LIBRARY_HOSTS)  # where a fetch would be seen
     settings = settings_for(folder, checkpoint_mirrors=mirrors, checkpoint_hosts="", max_images=8)
-    with RunningService(settings) as service:
-        found = Besieged(service, hub, outside)
-        for config in (THIN, TIMM, WRAPPED, VISION, VIT, {**VISION, "return_nodes": ["layer1"]}):
-            assert [reply.status_code for reply in found.both(config)] == [200, 200]
-            assert found.http.get(f"/backbones/{config['type']}").status_code == 200
-            assert [reply.status_code for reply in found.both({"type": "no such"})] == [404, 404]
-        assert_problem(found.features({**THIN, "checkpoint": "nothing.pth"}), 422)
-        yield found
-    hub.stop()
+    try:
+        with RunningService(settings) as service:
+            yield warmed(Besieged(service, hub, outside))
+    finally:
+        hub.stop()
+
+
+def warmed(besieged: Besieged) -> Besieged:
+    """The service after one request of each kind."""
+    for config in (THIN, TIMM, WRAPPED, VISION, VIT, {**VISION, "return_nodes": ["layer1"]}):
+        assert [reply.status_code for reply in besieged.both(config)] == [200, 200]
+        assert besieged.http.get(f"/backbones/{config['type']}").status_code == 200
+        assert [reply.status_code for reply in besieged.both({"type": "no such"})] == [404, 404]
+    assert_problem(besieged.features({**THIN, "checkpoint": "nothing.pth"}), 422)
+    return besieged
 
 
 @pytest.fixture
@@ -486,7 +492,7 @@ def test_a_content_type_of_any_kind_is_answered(besieged: Besieged, unmoved: Non
     for body in (b"", b"junk", b"{}", form(CONFIG)):
         for path in ("/features", "/backbones/inspect", "/models"):
             reply = besieged.http.post(
-                path, content=body, headers={"Content-Type": content_type.encode("latin-1")}
+                path, content=body, headers={b"Content-Type": content_type.encode("latin-1")}
             )
             assert_refused([reply], 400, 415, 422)
 
@@ -655,7 +661,7 @@ def test_a_hostile_array_is_refused(besieged: Besieged, unmoved: None, name: str
     ids=lambda value: str(value)[:40],
 )
 def test_a_hostile_header_is_no_crash(besieged: Besieged, unmoved: None, headers: dict[str, str]) -> None:
-    raw = {name: value.encode("latin-1") for name, value in headers.items()}
+    raw = {name.encode(): value.encode("latin-1") for name, value in headers.items()}
     reply = besieged.http.post("/features", headers=raw, **multipart(THIN, image=SMALL))
     assert reply.status_code in (200, 406)
     if reply.status_code != 200:

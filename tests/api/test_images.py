@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from typing import Any
@@ -71,7 +72,7 @@ def post_raw(http: httpx.Client, data: bytes, content_type: str) -> httpx.Respon
     return http.post("/features", content=data, params=query, headers={"Content-Type": content_type})
 
 
-SERVED = {
+SERVED: dict[str, tuple[str, Callable[[], bytes]]] = {
     "a JPEG": ("JPEG", lambda: file_of(picture(), "JPEG")),
     "a progressive JPEG": ("JPEG", lambda: file_of(picture(), "JPEG", progressive=True)),
     "a grey JPEG": ("JPEG", lambda: file_of(picture("L"), "JPEG")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from typing import Any
 
@@ -96,7 +97,7 @@ KEYS = [
     "progress",
     "num_classes",
 ]
-BASES = (
+BASES: tuple[dict[str, Any], ...] = (
     THIN,
     {"type": "timm.test_resnet"},
     {"type": "TIMMBackbone", "model_name": "test_vit"},
@@ -167,6 +168,7 @@ def mutated_files(draw: st.DrawFn) -> bytes:
     return bytes(data)
 
 
+ENCODED = st.sampled_from([base64.b64encode(data).decode() for data in FILES.values()])
 HEADERS = st.fixed_dictionaries(
     {},
     optional={
@@ -225,11 +227,11 @@ def test_any_form_is_answered(
 
 
 @settings(PROFILE, max_examples=100)
-@given(config=configs(), parameters=PARAMETERS, images=WILD, headers=HEADERS)
+@given(config=configs(), parameters=PARAMETERS, image=ENCODED | WILD, headers=HEADERS)
 def test_any_json_is_answered(
-    http: httpx.Client, config: Any, parameters: dict[str, Any], images: Any, headers: dict[str, str]
+    http: httpx.Client, config: Any, parameters: dict[str, Any], image: Any, headers: dict[str, str]
 ) -> None:
-    body = dumped({"backbone": config, "images": [{"base64": images}], **parameters}).encode(
+    body = dumped({"backbone": config, "images": [{"base64": image}], **parameters}).encode(
         "utf-8", "replace"
     )
     assert_proper(

@@ -1,0 +1,76 @@
+"""What replies and `GET /models` say of networks and levels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from service.protocol.reply import (
+    FloatArray,
+    FrozenInfo,
+    LevelArray,
+    ModelInfo,
+    NeckInfo,
+    WeightsInfo,
+)
+from service.runtime.cache import Entry
+from service.runtime.model import LoadedModel, LoadedNeck, LoadedNetwork
+from service.runtime.plan import LevelShape, pooled_fact
+from service.runtime.postprocess import Pool
+from service.runtime.query import Prepared
+
+
+def reply_levels(
+    levels: Sequence[LevelShape], arrays: Sequence[FloatArray], pool: Pool
+) -> tuple[LevelArray, ...]:
+    facts = [pooled_fact(level.fact, pool) for level in levels]
+    return tuple(
+        LevelArray(fact.index, fact.name, fact.layout, fact.stride, fact.channels, array)
+        for fact, array in zip(facts, arrays, strict=True)
+    )
+
+
+def model_entry(entry: Entry[LoadedNetwork]) -> dict[str, Any]:
+    network = entry.model
+    return {
+        "id": entry.key,
+        "type": network.type,
+        "device": str(network.device),
+        "dtype": "float32",
+        "bytes": entry.bytes,
+        "weights": _weights_info(network).describe(),
+        "engine": "torch",
+        "hits": entry.hits,
+        "in_use": entry.leases,
+        "last_used": entry.last_used,
+        "load_seconds": round(entry.load_seconds, 3),
+    }
+
+
+def model_info(prepared: Prepared, model: LoadedModel, neck: LoadedNeck | None) -> ModelInfo:
+    report = prepared.plan.frozen
+    frozen = FrozenInfo(report.stages, len(report.parameters), report.of)
+    return ModelInfo(
+        id=model.id,
+        type=prepared.plan.type,
+        device=str(model.device),
+        precision=prepared.query.precision,
+        weights=_weights_info(model),
+        frozen=frozen,
+        neck=None if neck is None else NeckInfo(neck.id, neck.type, _weights_info(neck)),
+    )
+
+
+def _weights_info(network: LoadedNetwork) -> WeightsInfo:
+    file, keys = network.checkpoint, network.keys
+    if file is None:
+        return WeightsInfo("random")
+    return WeightsInfo(
+        file.source,
+        file.name,
+        file.sha256,
+        keys.loaded,
+        tuple(keys.missing),
+        tuple(keys.unexpected),
+        keys.prefix,
+    )
