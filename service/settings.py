@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 from pathlib import Path
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 from pydantic import AliasChoices, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -109,12 +108,6 @@ class Settings(BaseSettings):
                 f"{self.host}; set keys, or BACKBONE_ALLOW_ANONYMOUS=1 if a gateway in front of it checks who asks"
             )
         return self
-
-    @property
-    def allowed_hosts(self) -> frozenset[str]:
-        """Hosts a checkpoint may come from; a hub that the operator has chosen is one of them."""
-        chosen = {urlsplit(self.hub_endpoint).hostname or ""} if self.hub_endpoint != HUB else set()
-        return frozenset((*self.checkpoint_hosts, *chosen))
 
     @property
     def mirrors(self) -> dict[str, str]:

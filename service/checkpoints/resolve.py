@@ -94,6 +94,7 @@ class CheckpointStore:
         self._mirrors = dict(mirrors)
         self._limits = Limits(max_bytes, connect_timeout_s, download_timeout_s)
         self._hub_host = urlsplit(hub_endpoint).hostname or ""
+        self._hub_is_chosen = hub_endpoint != DEFAULT_ENDPOINT
         self._hub = Hub(self._mirrors.get(self._hub_host, hub_endpoint), hosts, self._limits)
         self._downloads: SingleFlight[Path, Path] = SingleFlight()
         self._digests = _Digests()
@@ -181,7 +182,7 @@ class CheckpointStore:
         """The named file, or the usual one: a fetched one before asking which there are."""
         if name.file is not None:
             return self._hub_file(name, name.file)
-        self._check_host(self._hub_host)
+        self._check_hub()
         folder = hub_folder(self._directory, name)
         for file in USUAL_FILES:
             if self._is_whole(folder / file):
@@ -189,7 +190,7 @@ class CheckpointStore:
         return self._hub_file(name, self._hub.usual_file(name))
 
     def _hub_file(self, name: HubName, file: str) -> Path:
-        self._check_host(self._hub_host)
+        self._check_hub()
         target = hub_folder(self._directory, name) / file
         return self._fetched(target, partial(self._hub.fetch, name, file, target))
 
@@ -202,6 +203,11 @@ class CheckpointStore:
         base = self._mirrors.get(name.host, f"https://{name.host}").rstrip("/")
         url = base + name.path
         return Source(name.name, url, allowed_redirects(self._hosts, url), name.digest)
+
+    def _check_hub(self) -> None:
+        """A hub that the operator has chosen is allowed, as a hub: its host is not one for URLs by that."""
+        if not self._hub_is_chosen:
+            self._check_host(self._hub_host)
 
     def _check_host(self, host: str) -> None:
         if host not in self._hosts:

@@ -410,7 +410,7 @@ class _Clock:
 def _checkpoint_store(settings: Settings) -> CheckpointStore:
     return CheckpointStore(
         settings.checkpoint_dir,
-        hosts=settings.allowed_hosts,
+        hosts=frozenset(settings.checkpoint_hosts),
         mirrors=settings.mirrors,
         hub_endpoint=settings.hub_endpoint,
         max_bytes=settings.max_checkpoint_bytes,
