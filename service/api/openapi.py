@@ -295,6 +295,7 @@ INSPECT_EXAMPLE = {
     "levels": [LEVEL_EXAMPLE],
     "parameters": 11176512,
     "bytes": 44744608,
+    "neck": {"type": "mmpretrain.GlobalAveragePooling", "parameters": 0, "bytes": 0},
     "weights": {"checkpoint": "resnet18.safetensors", "prefix": ""},
     "frozen": {"stages": 0, "parameters": [], "norms": [], "of": 60},
 }
