@@ -16,8 +16,7 @@ from PIL import Image
 
 from service.api.app import create_app
 from service.settings import Settings
-
-ROOT = Path(__file__).parent.parent
+from tests.processes import ROOT, Process, Start
 
 
 class RunningService:
@@ -97,6 +96,21 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
     yield start
     for service in running:
         service.__exit__(None, None, None)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start services as processes of their own; they end with the test."""
+    running: list[Process] = []
+
+    def one(*arguments: str, **settings: str) -> Process:
+        process = Process(tmp_path, *arguments, **settings)
+        running.append(process)
+        return process
+
+    yield one
+    for process in running:
+        process.close()
 
 
 @pytest.fixture(scope="session")

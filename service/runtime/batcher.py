@@ -111,10 +111,18 @@ class Batcher(Generic[P, R]):
             self._waiting_images = sum(job.images for job in kept)
 
     def _work(self) -> None:
-        while (batch := self._next_batch()) is not None:
-            live = [job for job in batch if self._start(job)]
-            if live:
-                self._run_batch(live)
+        while self._work_once():
+            pass
+
+    def _work_once(self) -> bool:
+        """Run one batch; False when there will be no more. Nothing of a batch outlives this frame."""
+        batch = self._next_batch()
+        if batch is None:
+            return False
+        live = [job for job in batch if self._start(job)]
+        if live:
+            self._run_batch(live)
+        return True
 
     def _next_batch(self) -> list[Job[P, R]] | None:
         with self._changed:

@@ -4,33 +4,20 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
-import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from service.cli import flag_of, shown_default
 from service.settings import Settings
-from tests.conftest import ROOT
+from tests.processes import COMMAND, ROOT, Start, environment
 
-COMMAND = str(Path(sys.executable).parent / "backbone-service")
 RESNET18 = {"type": "ResNet", "depth": 18}
-
-
-def environment(**given: str) -> dict[str, str]:
-    """The environment without the settings of whoever runs the tests."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("BACKBONE_", "HF_"))}
-    return {**clean, "BACKBONE_CONFIG_DIR": str(ROOT / "model_configs"), "BACKBONE_DEVICE": "cpu", **given}
 
 
 def run(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
@@ -42,83 +29,6 @@ def run(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
         timeout=60,
         check=False,
     )
-
-
-class Process:
-    """`backbone-service serve --port 0`, up and listening; its log is read all the time."""
-
-    def __init__(self, folder: Path, *arguments: str, **settings: str) -> None:
-        self._process = subprocess.Popen(
-            [COMMAND, "serve", "--port", "0", *arguments],
-            cwd=folder,
-            env=environment(**settings),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.lines: list[str] = []
-        self._more = threading.Condition()
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-        found = re.search(r"running on http://127\.0\.0\.1:(\d+)", self.wait_for_line("running on"))
-        assert found
-        self.port = int(found[1])
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60, trust_env=False)
-
-    def _read(self) -> None:
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
-            with self._more:
-                self.lines.append(line)
-                self._more.notify_all()
-        with self._more:
-            self.lines.append("(end of the log)")
-            self._more.notify_all()
-
-    def wait_for_line(self, words: str) -> str:
-        """The first line with these words."""
-
-        def found() -> str | None:
-            return next((line for line in self.lines if words in line or line == "(end of the log)"), None)
-
-        with self._more:
-            line = self._more.wait_for(found, timeout=60)
-        assert line is not None
-        assert words in line, "".join(self.lines)
-        return line
-
-    def signal(self, number: int) -> None:
-        self._process.send_signal(number)
-
-    def wait(self) -> int:
-        """The exit status."""
-        status = self._process.wait(60)
-        self._reader.join(60)
-        return status
-
-    def close(self) -> None:
-        self.http.close()
-        self._process.kill()
-        self._process.wait(60)
-        self._reader.join(60)
-        assert self._process.stderr is not None
-        self._process.stderr.close()
-
-
-Start = Callable[..., Process]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    running: list[Process] = []
-
-    def one(*arguments: str, **settings: str) -> Process:
-        process = Process(tmp_path, *arguments, **settings)
-        running.append(process)
-        return process
-
-    yield one
-    for process in running:
-        process.close()
 
 
 class HalfSent:
