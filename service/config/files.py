@@ -24,6 +24,8 @@ MAX_BASE_DEPTH = 8
 MAX_VALUES = 20_000
 MAX_NESTING = 32
 PARTS = ("backbone", "neck", "preprocess")
+# Keys of a file that is a backbone itself: ours, a LazyConfig's, yacs'.
+BARE_BACKBONE = frozenset({"type", "_target_", "MODEL"})
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ def merge(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _named(name: str, written: Any, resolved: dict[str, Any]) -> NamedConfig:
-    if "type" in resolved:
+    if BARE_BACKBONE & resolved.keys():
         return NamedConfig(name, written, resolved, None, None)
     backbone = resolved.get("backbone")
     if not isinstance(backbone, dict):

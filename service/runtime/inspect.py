@@ -54,7 +54,10 @@ def type_page(planner: Planner, name: str) -> dict[str, Any]:
         "schema": resolved.family.config.model_json_schema(),
         "architectures": list(resolved.family.architectures(resolved.type)),
         "indices": {
-            "permitted": list(dict.fromkeys(feature.index for feature in plan.description.features)),
+            # Some families have only the features that are asked for.
+            "permitted": sorted(
+                {feature.index for known in (plan, by_default) for feature in known.description.features}
+            ),
             "default": list(dict.fromkeys(level.index for level in by_default.levels)),
         },
         "example": example,
@@ -63,7 +66,14 @@ def type_page(planner: Planner, name: str) -> dict[str, Any]:
 
 def _required(example: Mapping[str, Any]) -> dict[str, Any]:
     """An example without what chooses levels."""
-    choosing = ("out_indices", "return_nodes", "strides", "out_features")
+    choosing = (
+        "out_indices",
+        "return_nodes",
+        "return_layers",
+        "strides",
+        "out_features",
+        "MODEL",  # of yacs; all of it has defaults
+    )
     return {key: value for key, value in example.items() if key not in choosing}
 
 

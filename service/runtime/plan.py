@@ -15,11 +15,13 @@ import torch
 from pydantic import ValidationError
 
 from service.backbones.base import Backbone, BackboneConfig, Family
+from service.backbones.building import shapes_only
+from service.backbones.lazyconfig import from_lazyconfig
 from service.backbones.registry import Registry, Resolved, json_type
 from service.config.files import ConfigCatalogue, NamedConfig
 from service.config.spec import Description, FeatureInfo, Freeze, FreezeReport, Layout, Level, WeightsRef
 from service.errors import InvalidConfig
-from service.necks.base import LevelFacts, NeckConfig, NeckDescription, NeckFamily
+from service.necks.base import LevelFacts, NeckConfig, NeckDescription, NeckFamily, WeightedNeckConfig
 from service.validation import invalid
 
 T = TypeVar("T")
@@ -138,6 +140,7 @@ class Planner:
         return self._plans.get(key, lambda: self._planned(backbone, neck, preprocess))
 
     def _planned(self, backbone: Any, neck: Any, preprocess: Any) -> Plan:
+        backbone = from_lazyconfig(backbone)
         resolved = self.backbones.resolve(json_type(backbone, pointer="#/backbone"))
         config = _configure(resolved, backbone)
         description = self.describe(resolved.family, config)
@@ -151,18 +154,22 @@ class Planner:
             weights=config.weights(),
             preprocess=preprocess,
         )
-        return plan if neck is None else replace(plan, neck=self._neck(neck, plan))
+        return plan if neck is None else self._with_neck(neck, plan)
 
-    def _neck(self, raw: Any, bare: Plan) -> NeckPlan:
-        """The neck of a config behind the backbone of a plan that has none yet."""
+    def _with_neck(self, raw: Any, bare: Plan) -> Plan:
+        """A plan with the neck of a config behind its backbone.
+
+        A neck with weights takes levels from shallow to deep, in whatever order they are asked for, as libraries do.
+        """
         if isinstance(raw, str):
             raw = {"type": raw}
         resolved = self.necks.resolve(json_type(raw, pointer="#/neck"), pointer="#/neck/type")
         config: NeckConfig = _validated(resolved, raw, "#/neck")
+        if isinstance(config, WeightedNeckConfig):
+            bare = replace(bare, levels=tuple(sorted(bare.levels, key=lambda level: level.index)))
         inputs = tuple(level.fact for level in self.levels_at(bare, bare.input_size))
-        return NeckPlan(
-            resolved.type, resolved.family, config, inputs, resolved.family.describe(config, inputs)
-        )
+        described = resolved.family.describe(config, inputs)
+        return replace(bare, neck=NeckPlan(resolved.type, resolved.family, config, inputs, described))
 
     def describe(self, family: Family[Any], config: BackboneConfig) -> Description:
         """Features and size of an architecture."""
@@ -217,7 +224,7 @@ class Planner:
     def _levels_of_meta(self, plan: Plan, size: tuple[int, int], pointer: str) -> tuple[LevelShape, ...]:
         backbone = self._meta_backbone(plan.family, plan.config)
         try:
-            with torch.device("meta"), torch.inference_mode():
+            with shapes_only():
                 found = backbone(torch.empty((1, plan.description.in_channels, *size)), plan.nodes)
         except SIZE_ERRORS as error:
             raise size_refused(plan, size, pointer) from error

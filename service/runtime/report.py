@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from service.checkpoints.resolve import CheckpointFile
 from service.protocol.reply import (
     FloatArray,
     FrozenInfo,
@@ -14,7 +15,7 @@ from service.protocol.reply import (
     WeightsInfo,
 )
 from service.runtime.cache import Entry
-from service.runtime.model import LoadedModel, LoadedNeck, LoadedNetwork
+from service.runtime.model import LoadedModel, LoadedNeck, LoadedNetwork, Weights
 from service.runtime.plan import LevelShape, pooled_fact
 from service.runtime.postprocess import Pool
 from service.runtime.query import Prepared
@@ -38,7 +39,7 @@ def model_entry(entry: Entry[LoadedNetwork]) -> dict[str, Any]:
         "device": str(network.device),
         "dtype": "float32",
         "bytes": entry.bytes,
-        "weights": _weights_info(network).describe(),
+        "weights": _weights_info(network, network.checkpoint).describe(),
         "engine": "torch",
         "hits": entry.hits,
         "in_use": entry.leases,
@@ -55,14 +56,25 @@ def model_info(prepared: Prepared, model: LoadedModel, neck: LoadedNeck | None) 
         type=prepared.plan.type,
         device=str(model.device),
         precision=prepared.query.precision,
-        weights=_weights_info(model),
+        weights=_weights_info(model, _asked(prepared.weights)),
         frozen=frozen,
-        neck=None if neck is None else NeckInfo(neck.id, neck.type, _weights_info(neck)),
+        neck=None if neck is None else _neck_info(prepared, neck),
     )
 
 
-def _weights_info(network: LoadedNetwork) -> WeightsInfo:
-    file, keys = network.checkpoint, network.keys
+def _neck_info(prepared: Prepared, neck: LoadedNeck) -> NeckInfo:
+    # The backbone's checkpoint was looked into for a neck, and may have none.
+    file = None if neck.checkpoint is None else _asked(prepared.neck_weights)
+    return NeckInfo(neck.id, neck.type, _weights_info(neck, file))
+
+
+def _asked(weights: Weights | None) -> CheckpointFile | None:
+    """The checkpoint by the name that this client gave it; another may have loaded the same bytes before."""
+    return None if weights is None else weights.file
+
+
+def _weights_info(network: LoadedNetwork, file: CheckpointFile | None) -> WeightsInfo:
+    keys = network.keys
     if file is None:
         return WeightsInfo("random")
     return WeightsInfo(

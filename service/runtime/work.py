@@ -17,6 +17,7 @@ from service.necks.base import Neck
 from service.protocol.reply import FloatArray
 from service.runtime.batcher import Job
 from service.runtime.model import LoadedModel, Precision
+from service.runtime.plan import SIZE_ERRORS
 from service.runtime.postprocess import Pool, normalize_level, pool_level, to_array
 
 
@@ -92,7 +93,7 @@ def _finish(job: WorkJob, features: dict[str, Tensor], started: float) -> Done |
     try:
         with torch.inference_mode():
             arrays = _levels(work, features)
-    except ServiceError as error:
+    except (ServiceError, *SIZE_ERRORS) as error:  # a neck does not take every size
         return error
     return Done(arrays, started - job.queued_at, time.monotonic() - started)
 
