@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,36 @@ def on_meta(make: Callable[[], N]) -> N:
     """The network without memory: shapes and names only."""
     with torch.device("meta"):
         return make()
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """A context in which networks on the meta device are run for the shapes of what they give."""
+    with torch.inference_mode(), torch.device("meta"), _ShapesOnly():
+        yield
+
+
+class _ShapesOnly(TorchFunctionMode):
+    """Skips what torch works out in Python on the meta device, and what takes most of the time there.
+
+    These leave the shape as it is. Memory is laid out as the real ones do it.
+    """
+
+    LAYOUTS: ClassVar[Mapping[Any, torch.memory_format]] = {
+        nn.functional.batch_norm: torch.preserve_format,
+        nn.functional.gelu: torch.preserve_format,
+        nn.functional.layer_norm: torch.contiguous_format,
+    }
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        layout = self.LAYOUTS.get(func)
+        if layout is None or not args or not isinstance(args[0], Tensor) or not args[0].is_meta:
+            return func(*args, **(kwargs or {}))  # torch.fx traces with what is no tensor
+        if func is nn.functional.layer_norm and tuple(args[0].shape[-len(args[1]) :]) != tuple(args[1]):
+            return func(*args, **(kwargs or {}))  # says what is wrong
+        return torch.empty_like(args[0], memory_format=layout)
 
 
 def unset(make: Callable[[], N]) -> N:

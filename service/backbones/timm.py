@@ -339,8 +339,8 @@ def hub_architecture(config_json: Mapping[str, Any]) -> tuple[str, dict[str, Any
 
 
 def _known_indices(config: _TimmArguments) -> tuple[int, ...] | None:
-    """The indices of all features, where the table knows them."""
-    if not config.is_default():
+    """The indices of all features, from the table: no argument that a config may give changes how many there are."""
+    if not config.features_only:
         return None
     return tuple(feature.index for feature in config.entry().features)
 

@@ -130,7 +130,8 @@ def _fit_whole(backbone: TimmBackbone, capture: Capture) -> _Fits | None:
     known = {*capture.tensors, *capture.classifiers} - kept
     dropped = [name for name in capture.state if name in known and name not in capture.offered]
     return _Fits(
-        loaded=len(kept - without),
+        # torch fills in the counters of batch norms that a file has not.
+        loaded=len(kept.intersection(capture.offered) - without),
         missing=_counted(name for name in capture.missing if name in kept),
         wrong_shape=tuple(name for name in capture.wrong_shape if name in kept),
         unexpected=tuple(dict.fromkeys((*capture.unexpected, *cut, *dropped))),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from service.backbones import dependencies
 from service.backbones.base import Backbone
-from service.backbones.building import SkipInitialisers
+from service.backbones.building import SkipInitialisers, shapes_only
 from service.backbones.freezing import norm_names
 from service.backbones.norms import BATCH_NORMS
 from service.backbones.tables import timm_models
@@ -87,7 +87,7 @@ def _refuse_slow(architecture: Architecture) -> None:
 def _whole_feature(architecture: Architecture) -> FeatureInfo:
     """The one feature of a model that is not wrapped, from a forward pass on the meta device."""
     try:
-        with torch.inference_mode(), torch.device("meta"), SkipInitialisers():
+        with shapes_only(), SkipInitialisers():
             net = _without_head(architecture, Capture())
             output = unpooled(net, torch.empty(1, architecture.in_channels, *architecture.size))
     except CONSTRUCTOR_ERRORS as error:
@@ -108,7 +108,7 @@ def measured_features(backbone: TimmBackbone) -> tuple[FeatureInfo, ...]:
     architecture = backbone.architecture
     nodes = [feature.node for feature in backbone.features]
     try:
-        with torch.inference_mode(), torch.device("meta"):
+        with shapes_only():
             outputs = backbone(torch.empty(1, architecture.in_channels, *architecture.size), nodes)
     except CONSTRUCTOR_ERRORS as error:
         if not architecture.arguments:

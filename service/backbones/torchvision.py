@@ -374,6 +374,8 @@ def _tracer() -> Any:
         """torch.fx patches `nn.Module` itself; a model that runs in another thread must not be traced."""
 
         thread = threading.get_ident()
+        # MaxViT computes with its buffers: else what it makes of the traced model's would be constants of the graph.
+        proxy_buffer_attributes = True
 
         def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
             if threading.get_ident() != self.thread:
@@ -457,7 +459,7 @@ def _facts(architecture: Architecture, names: tuple[str, ...]) -> Mapping[str, _
 
 
 def _meta_pass(module: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
-    with torch.inference_mode(), torch.device("meta"):
+    with building.shapes_only():
         outputs: dict[str, Any] = module(torch.empty(2, 3, *size))
     return outputs
 
@@ -517,7 +519,8 @@ class TorchvisionBackbone(Backbone):
         """
         names = tuple(sorted(set(nodes)))
         facts = _facts(self.architecture, names)
-        outputs = self._extractor(names)(images)
+        # Called as a module it would print a traceback to stderr for every size that the network does not take.
+        outputs = self._extractor(names).forward(images)
         return {name: _channels_first(outputs[name], facts[name]) for name in nodes}
 
     def _extractor(self, names: tuple[str, ...]) -> fx.GraphModule:

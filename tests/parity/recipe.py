@@ -36,6 +36,10 @@ def _fan_in(random: np.random.Generator, shape: tuple[int, ...], gain: float) ->
     return random.standard_normal(shape) * (gain * math.sqrt(2.0 / max(1, math.prod(shape[1:]))))
 
 
+def _offset(random: np.random.Generator, shape: tuple[int, ...], gain: float) -> NDArray[np.float64]:
+    return 0.02 * _fan_in(random, shape, gain)
+
+
 def _zero(random: np.random.Generator, shape: tuple[int, ...], gain: float) -> NDArray[np.float64]:
     return np.zeros(shape)
 
@@ -44,6 +48,7 @@ DRAWS: Mapping[str, Draw] = {
     "zero": _zero,
     "variance": _variance,
     "fan_in": _fan_in,
+    "offset": _offset,
     "input": _normal(0, 1),
     "small": _normal(0, 0.02),
     "bias": _normal(0, 0.1),
@@ -132,6 +137,13 @@ def timm_rule(entry: Entry) -> str | None:
     if len(entry.shape) <= 1:
         return "gain" if leaf.endswith("weight") else "residual_scale"
     return "fan_in"
+
+
+def detectron2_rule(entry: Entry) -> str | None:
+    """The rule for an entry of a detectron2 or detrex pack: timm's, with the offsets of deformable layers small."""
+    if "offset" not in entry.name:
+        return timm_rule(entry)
+    return "offset" if len(entry.shape) > 1 else "small"
 
 
 def fill(entry: Entry, rule: str, gain: float = 1.0) -> Array:

@@ -20,7 +20,8 @@ def test_another_network_is_not_taken_for_the_librarys() -> None:
     with torch.inference_mode():
         images = torch.from_numpy(pack.input_arrays()[0])
         found = network.eval()(images, [level.node for level in levels])
-    for level, expected in zip(levels, pack.outputs, strict=True):
+    # The first stage does not stride: it is the same in either style.
+    for level, expected in list(zip(levels, pack.outputs, strict=True))[1:]:
         assert relative_error(found[level.node].numpy(), expected) > 100 * expected.tolerance
 
 

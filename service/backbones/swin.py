@@ -1,0 +1,614 @@
+"""SwinTransformer (Liu et al., arXiv:2103.14030) with OpenMMLab's key names: mmpretrain's and mmdet's.
+
+The two differ in small maps (mmdet pads and shifts always), in what `frozen_stages` counts, and in that mmdet
+reads checkpoints of the official code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from service.backbones.base import (
+    Backbone,
+    CheckpointName,
+    DropRate,
+    Indices,
+    InputChannels,
+    Stride,
+    levels_by_stride,
+)
+from service.backbones.freezing import freeze_report, in_module_order, is_under
+from service.backbones.mobilenet_v2 import weights_or_pretrained
+from service.backbones.norms import LayerNormConfig
+from service.backbones.openmmlab import (
+    ActivationConfig,
+    ActivationSpec,
+    Computed,
+    OpenMMLabConfig,
+    Scale,
+    deepest,
+    make_activation,
+    make_family,
+    named_arch,
+)
+from service.backbones.output_norms import asked_stages, may_lack_output_norms, without_output_norms
+from service.config.spec import (
+    Description,
+    FeatureInfo,
+    Freeze,
+    FreezeReport,
+    Level,
+    PreprocessDefaults,
+    WeightsRef,
+)
+from service.errors import InvalidConfig
+
+if TYPE_CHECKING:
+    from service.checkpoints.read import StateDict
+
+# width of the first stage, blocks and heads of the stages
+ARCHS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
+    name: arch
+    for names, arch in (
+        (("t", "tiny"), (96, (2, 2, 6, 2), (3, 6, 12, 24))),
+        (("s", "small"), (96, (2, 2, 18, 2), (3, 6, 12, 24))),
+        (("b", "base"), (128, (2, 2, 18, 2), (4, 8, 16, 32))),
+        (("l", "large"), (192, (2, 2, 18, 2), (6, 12, 24, 48))),
+    )
+    for name in names
+}
+Rule = Literal["mmpretrain", "mmdet"]
+HIDDEN = -100.0  # added to the attention between parts of a window that are no neighbours
+
+
+@dataclass(frozen=True)
+class SwinSpec:
+    """What decides the numbers and the names of the weights.
+
+    `outputs` are the stages with an output norm. `pads_small` is whether maps not larger than a window are padded
+    and shifted like all others. `after_merge` outputs come after the merging of patches that ends a stage.
+    """
+
+    width: int
+    depths: tuple[int, ...]
+    heads: tuple[int, ...]
+    outputs: tuple[int, ...]
+    rule: Rule
+    pads_small: bool
+    in_channels: int = 3
+    patch: int = 4
+    window: int = 7
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    scale: float | None = None
+    patch_norm: bool = True
+    eps: float = 1e-5
+    activation: ActivationSpec = ActivationSpec("gelu")  # noqa: RUF009 - frozen
+    after_merge: bool = False
+
+    def widths(self) -> tuple[int, ...]:
+        """Channels inside the stages."""
+        return tuple(self.width * 2**stage for stage in range(len(self.depths)))
+
+    def merges(self, stage: int) -> bool:
+        """Whether a stage ends in a merging of patches."""
+        return stage < len(self.depths) - 1
+
+    def features(self) -> tuple[FeatureInfo, ...]:
+        """One map a stage."""
+        found = []
+        for stage, width in enumerate(self.widths()):
+            factor = 2 if self.after_merge and self.merges(stage) else 1
+            stride = self.patch * 2**stage * factor
+            found.append(FeatureInfo(stage, str(stage), width * factor, stride, "NCHW"))
+        return tuple(found)
+
+
+def relative_position_index(window: int) -> Tensor:
+    """[window², window²]: where in the table of biases that of two positions of a window is."""
+    rows, columns = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
+    rows, columns = rows.flatten(), columns.flatten()
+    down = rows[:, None] - rows[None, :] + window - 1
+    right = columns[:, None] - columns[None, :] + window - 1
+    return down * (2 * window - 1) + right
+
+
+def shift_mask(height: int, width: int, window: int, shift: int, *, like: Tensor) -> Tensor:
+    """[windows, 1, window², window²]: what is added where a shifted window holds parts from opposite edges."""
+    parts = torch.zeros(height, width, device=like.device)
+    for index, end in enumerate((height - window, height - shift)):
+        parts[end:] = 3 * (index + 1)
+    for index, end in enumerate((width - window, width - shift)):
+        parts[:, end:] = parts[:, :1] + index + 1
+    windows = cut_windows(parts[None, :, :, None], window).squeeze(-1)
+    differs = windows[:, :, None] != windows[:, None, :]
+    return differs.to(like.dtype).mul(HIDDEN)[:, None]
+
+
+def cut_windows(maps: Tensor, window: int) -> Tensor:
+    """[n, h, w, c] to [n * windows, window², c]."""
+    n, height, width, channels = maps.shape
+    cut = maps.reshape(n, height // window, window, width // window, window, channels)
+    return cut.transpose(2, 3).reshape(-1, window * window, channels)
+
+
+def join_windows(windows: Tensor, height: int, width: int) -> Tensor:
+    """[n * windows, window², c] back to [n, h, w, c]."""
+    side = round(windows.shape[1] ** 0.5)
+    cut = windows.reshape(-1, height // side, width // side, side, side, windows.shape[2])
+    return cut.transpose(2, 3).reshape(-1, height, width, windows.shape[2])
+
+
+class WindowAttention(Scale, Computed):
+    """Self-attention in a window with learnt biases of relative position; keys `relative_position_bias_table`, …."""
+
+    relative_position_index: Tensor
+
+    def __init__(self, spec: SwinSpec, width: int, heads: int) -> None:
+        super().__init__()
+        self.window, self.heads, self.scale = spec.window, heads, spec.scale
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * spec.window - 1) ** 2, heads))
+        index = torch.empty(spec.window**2, spec.window**2, dtype=torch.long)
+        self.register_buffer("relative_position_index", index, persistent=False)
+        self.qkv = nn.Linear(width, 3 * width, bias=spec.qkv_bias)
+        self.proj = nn.Linear(width, width)
+
+    def start(self) -> None:
+        """Small biases at first."""
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def compute(self) -> None:
+        """The index, which follows from the size of the window."""
+        self.relative_position_index.copy_(relative_position_index(self.window))
+
+    def forward(self, windows: Tensor, mask: Tensor | None) -> Tensor:
+        """[n * windows, window², c] to the same shape."""
+        count, length, width = windows.shape
+        qkv = self.qkv(windows).reshape(count, length, 3, self.heads, width // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]
+        if mask is not None:
+            bias = (bias + mask).repeat(count // mask.shape[0], 1, 1, 1)
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=bias.to(query.dtype), scale=self.scale
+        )
+        projected: Tensor = self.proj(mixed.transpose(1, 2).reshape(count, length, width))
+        return projected
+
+
+class ShiftedWindows(nn.Module):
+    """Attention in windows of a map, which every second block shifts by half a window; key `w_msa`."""
+
+    def __init__(self, spec: SwinSpec, width: int, heads: int, *, shifted: bool) -> None:
+        super().__init__()
+        self.spec = spec
+        self.shift = spec.window // 2 if shifted else 0
+        self.w_msa = WindowAttention(spec, width, heads)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """[n, h, w, c] to the same shape."""
+        height, width = maps.shape[1:3]
+        window, shift = self.spec.window, self._shift(min(height, width))
+        padded = F.pad(maps, (0, 0, 0, -width % window, 0, -height % window))
+        rows, columns = padded.shape[1:3]
+        mask = shift_mask(rows, columns, window, shift, like=maps) if shift else None
+        rolled = padded.roll((-shift, -shift), (1, 2)) if shift else padded
+        mixed = join_windows(self.w_msa(cut_windows(rolled, window), mask), rows, columns)
+        back = mixed.roll((shift, shift), (1, 2)) if shift else mixed
+        return back[:, :height, :width]
+
+    def _shift(self, side: int) -> int:
+        """The shift for a map whose shorter side is `side`; the official code does not shift a single window."""
+        if side < self.spec.window and not self.spec.pads_small:
+            detail = (
+                f"a map of {side} is smaller than the window of {self.spec.window}; "
+                "send larger images or set pad_small_map"
+            )
+            raise InvalidConfig("#/backbone/pad_small_map", detail)
+        return self.shift if side > self.spec.window or self.spec.pads_small else 0
+
+
+class FeedForward(nn.Module):
+    """Two linear layers; keys `layers.0.0`, `layers.1`."""
+
+    def __init__(self, spec: SwinSpec, width: int) -> None:
+        super().__init__()
+        hidden = int(width * spec.mlp_ratio)
+        first = nn.Sequential(nn.Linear(width, hidden), make_activation(spec.activation))
+        self.layers = nn.Sequential(first, nn.Linear(hidden, width))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """[..., c] to the same shape."""
+        projected: Tensor = self.layers(maps)
+        return projected
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each with a residual."""
+
+    def __init__(self, spec: SwinSpec, stage: int, *, shifted: bool) -> None:
+        super().__init__()
+        width = spec.widths()[stage]
+        self.norm1 = nn.LayerNorm(width, eps=spec.eps)
+        self.attn = ShiftedWindows(spec, width, spec.heads[stage], shifted=shifted)
+        self.norm2 = nn.LayerNorm(width, eps=spec.eps)
+        self.ffn = FeedForward(spec, width)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """[n, h, w, c] to the same shape."""
+        maps = maps + self.attn(self.norm1(maps))
+        mixed: Tensor = maps + self.ffn(self.norm2(maps))
+        return mixed
+
+
+class PatchMerging(nn.Module):
+    """Four neighbours become one position of twice the width; keys `norm`, `reduction`.
+
+    The channels of the four lie channel by channel, not neighbour by neighbour as in the official code.
+    """
+
+    def __init__(self, spec: SwinSpec, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * width, eps=spec.eps)
+        self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """[n, h, w, c] to [n, ceil(h / 2), ceil(w / 2), 2c]."""
+        padded = F.pad(maps, (0, 0, 0, maps.shape[2] % 2, 0, maps.shape[1] % 2))
+        n, height, width, channels = padded.shape
+        cut = padded.reshape(n, height // 2, 2, width // 2, 2, channels).permute(0, 1, 3, 5, 2, 4)
+        merged: Tensor = self.reduction(self.norm(cut.flatten(3)))
+        return merged
+
+
+class Stage(nn.Module):
+    """Blocks, shifted every second time, then the merging of patches; keys `blocks`, `downsample`."""
+
+    def __init__(self, spec: SwinSpec, stage: int) -> None:
+        super().__init__()
+        blocks = (Block(spec, stage, shifted=bool(index % 2)) for index in range(spec.depths[stage]))
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = PatchMerging(spec, spec.widths()[stage]) if spec.merges(stage) else None
+
+    def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """[n, h, w, c] to the map before and after the merging."""
+        for block in self.blocks:
+            maps = block(maps)
+        return maps, maps if self.downsample is None else self.downsample(maps)
+
+
+class PatchEmbed(nn.Module):
+    """Patches projected and normed; pads right and bottom to whole patches. Keys `projection`, `norm`."""
+
+    def __init__(self, spec: SwinSpec) -> None:
+        super().__init__()
+        self.patch = spec.patch
+        self.projection = nn.Conv2d(spec.in_channels, spec.width, spec.patch, stride=spec.patch)
+        self.norm = nn.LayerNorm(spec.width, eps=spec.eps) if spec.patch_norm else nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[n, c, h, w] to [n, rows, columns, width]."""
+        height, width = images.shape[-2:]
+        padded = F.pad(images, (0, -width % self.patch, 0, -height % self.patch))
+        normed: Tensor = self.norm(self.projection(padded).permute(0, 2, 3, 1))
+        return normed
+
+
+class SwinTransformer(Backbone):
+    """A SwinTransformer whose state dict has OpenMMLab's keys."""
+
+    def __init__(self, spec: SwinSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.features = spec.features()
+        self.patch_embed = PatchEmbed(spec)
+        self.stages = nn.ModuleList(Stage(spec, stage) for stage in range(len(spec.depths)))
+        for stage in spec.outputs:
+            self.add_module(f"norm{stage}", nn.LayerNorm(self.features[stage].channels, eps=spec.eps))
+
+    def forward(self, images: Tensor, nodes: Sequence[str]) -> dict[str, Tensor]:
+        """Normed maps of the stages in `nodes`; stops after the deepest of them."""
+        maps, found = self.patch_embed(images), {}
+        for stage in range(deepest(nodes) + 1):
+            before, maps = self.stages[stage](maps)
+            if str(stage) in nodes:
+                output = getattr(self, f"norm{stage}")(maps if self.spec.after_merge else before)
+                # The blocks work on NHWC; the wire promises NCHW.
+                found[str(stage)] = output.permute(0, 3, 1, 2).contiguous()
+        return {node: found[node] for node in nodes}
+
+    def needs(self, node: str) -> frozenset[str]:  # noqa: ARG002 - the same for every stage
+        """All weights but the output norms, which a file may leave at 1 and 0."""
+        return without_output_norms(self)
+
+    def frozen(self, freeze: Freeze) -> FreezeReport:
+        """0 is `patch_embed` in mmdet, and the first stage with it in mmpretrain; k adds stages and output norms.
+
+        In mmpretrain the output norms stay in train mode.
+        """
+        if freeze.stages is None:
+            return freeze_report(self, freeze, ())
+        stages = range(freeze.stages + (self.spec.rule == "mmpretrain"))
+        names = ["patch_embed", *(f"stages.{stage}" for stage in stages)]
+        norms = [f"norm{stage}" for stage in stages]
+        if self.spec.rule == "mmdet":
+            return freeze_report(self, freeze, [*names, *norms])
+        report = freeze_report(self, freeze, names)
+        outputs = [name for name, _ in self.named_parameters() if is_under(name, norms)]
+        return in_module_order(self, freeze, (*report.parameters, *outputs), report.norms)
+
+
+# --- checkpoints of the official code -------------------------------------------------------------
+
+RENAMED = (
+    (re.compile(r"(^|\.)layers\.(\d+)\.(blocks|downsample)\."), r"\1stages.\2.\3."),
+    (re.compile(r"(blocks\.\d+\.attn)\."), r"\1.w_msa."),
+    (re.compile(r"(blocks\.\d+)\.mlp\.fc1\."), r"\1.ffn.layers.0.0."),
+    (re.compile(r"(blocks\.\d+)\.mlp\.fc2\."), r"\1.ffn.layers.1."),
+    (re.compile(r"(^|\.)patch_embed\.proj\."), r"\1patch_embed.projection."),
+)
+OFFICIAL = re.compile(r"(?:^|\.)layers\.0\.blocks\.0\.")
+MERGED = re.compile(r"downsample\.(?:norm\.weight|norm\.bias|reduction\.weight)$")
+
+
+def from_official(state: StateDict) -> StateDict:
+    """The tensors of a file of the official code by OpenMMLab's names, its merging of patches reordered.
+
+    A file that has OpenMMLab's names already is left as it is.
+    """
+    if not any(OFFICIAL.search(name) for name in state):
+        return state
+    return {_renamed(name): _reordered(name, tensor) for name, tensor in state.items()}
+
+
+def _renamed(name: str) -> str:
+    for pattern, replacement in RENAMED:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def _reordered(name: str, tensor: Tensor) -> Tensor:
+    """[..., 4c] with the neighbours (0, 0), (1, 0), (0, 1), (1, 1) outermost to [..., 4c] with them innermost."""
+    if not MERGED.search(name) or tensor.shape[-1] % 4:
+        return tensor
+    quarters = tensor.reshape(*tensor.shape[:-1], 4, -1)[..., [0, 2, 1, 3], :]
+    return quarters.transpose(-1, -2).flatten(-2)
+
+
+# --- mmpretrain.SwinTransformer = mmcls.SwinTransformer -------------------------------------------
+
+Pixels = Annotated[int, Field(strict=True, ge=1, le=4096)]
+Width = Annotated[int, Field(strict=True, ge=1, le=2048)]
+Depth = Annotated[int, Field(strict=True, ge=1, le=64)]
+Heads = Annotated[int, Field(strict=True, ge=1, le=128)]
+Depths = Annotated[tuple[Depth, ...], Field(min_length=1, max_length=8)]
+HeadCounts = Annotated[tuple[Heads, ...], Field(min_length=1, max_length=8)]
+Window = Annotated[int, Field(strict=True, ge=1, le=64)]
+
+
+class ArchConfig(BaseModel):
+    """An `arch` spelled out."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    embed_dims: Width
+    depths: Depths
+    num_heads: HeadCounts
+
+
+class NothingConfig(BaseModel):
+    """A key of which only the empty object is served."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def stage_faults(spec: SwinSpec, heads_key: str) -> Iterator[tuple[str, str]]:
+    """What does not fit in the depths and heads of a spec, as (key, detail)."""
+    if len(spec.depths) != len(spec.heads):
+        yield heads_key, f"{len(spec.heads)} entries for {len(spec.depths)} stages"
+    for width, heads in zip(spec.widths(), spec.heads, strict=False):
+        if width % heads:
+            yield heads_key, f"{heads} heads do not divide {width} channels"
+
+
+class SwinTransformerConfig(OpenMMLabConfig):
+    """`mmpretrain.SwinTransformer`, which is also `mmcls.SwinTransformer`."""
+
+    NETWORK: ClassVar[str] = "SwinTransformer"
+
+    arch: Annotated[
+        str | ArchConfig, named_arch(ARCHS), Field(json_schema_extra={"examples": list(ARCHS)})
+    ] = "tiny"
+    img_size: Pixels | tuple[Pixels, Pixels] = Field(
+        224, description="Image size that images are brought to by default; any other is taken."
+    )
+    patch_size: Annotated[int, Field(strict=True, ge=1, le=32)] = 4
+    in_channels: InputChannels = 3
+    window_size: Window = 7
+    drop_rate: DropRate = Field(0.0, description="Training only; changes nothing here.")
+    drop_path_rate: DropRate = Field(0.1, description="Training only; changes nothing here.")
+    out_indices: Indices = Field((3,), description="Stages, 0 at stride 4; each has a norm of its own.")
+    out_after_downsample: bool = Field(False, description="Outputs after the merging that ends a stage.")
+    use_abs_pos_embed: Literal[False] = False
+    interpolate_mode: Literal["bicubic", "bilinear"] = Field(
+        "bicubic", description="For absolute positions only; changes nothing here."
+    )
+    frozen_stages: Annotated[int, Field(strict=True, ge=-1, le=7)] = Field(
+        -1, description="-1 nothing, k the patch embedding and stages 0 to k with their output norms."
+    )
+    pad_small_map: bool = Field(False, description="Pads maps that are smaller than a window.")
+    norm_cfg: LayerNormConfig = LayerNormConfig(type="LN")
+    stage_cfgs: NothingConfig = NothingConfig()
+    patch_cfg: NothingConfig = NothingConfig()
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        """What each key allows alone but the network does not, as (key, detail)."""
+        spec = self.spec()
+        yield from stage_faults(spec, "arch/num_heads")
+        if self.frozen_stages >= len(spec.depths):
+            yield "frozen_stages", f"{self.frozen_stages} is not a stage of 0 to {len(spec.depths) - 1}"
+
+    def spec(self) -> SwinSpec:
+        """The neutral spelling."""
+        arch = self.arch
+        width, depths, heads = (
+            ARCHS[arch] if isinstance(arch, str) else (arch.embed_dims, arch.depths, arch.num_heads)
+        )
+        spec = SwinSpec(
+            width,
+            depths,
+            heads,
+            outputs=(),
+            rule="mmpretrain",
+            pads_small=self.pad_small_map,
+            in_channels=self.in_channels,
+            patch=self.patch_size,
+            window=self.window_size,
+            eps=self.norm_cfg.eps,
+            after_merge=self.out_after_downsample,
+        )
+        return with_outputs(spec, self.out_indices, self.strides)
+
+    def input_defaults(self) -> PreprocessDefaults:
+        """The size of images that the network is made for."""
+        size = self.img_size
+        return PreprocessDefaults(size=size if isinstance(size, tuple) else (size, size))
+
+
+def with_outputs(spec: SwinSpec, indices: Sequence[int], strides: Sequence[int] | None) -> SwinSpec:
+    """The spec with norms for the stages that are asked for."""
+    stage_strides = [feature.stride or 0 for feature in spec.features()]
+    return replace(spec, outputs=asked_stages(indices, strides, stage_strides))
+
+
+def _optional(config: SwinTransformerConfig, state: StateDict) -> Callable[[str], bool]:
+    return may_lack_output_norms(state, last=len(config.spec().depths) - 1)
+
+
+# --- mmdet.SwinTransformer ------------------------------------------------------------------------
+
+
+class DetSwinTransformerConfig(OpenMMLabConfig):
+    """`mmdet.SwinTransformer`: sizes spelled out; its `strides` are those of the merging, or of levels."""
+
+    NETWORK: ClassVar[str] = "SwinTransformer"
+
+    pretrain_img_size: Pixels | tuple[Pixels, Pixels] = Field(
+        224, description="For absolute positions only; changes nothing here."
+    )
+    in_channels: InputChannels = 3
+    embed_dims: Width = 96
+    patch_size: Annotated[int, Field(strict=True, ge=1, le=32)] = 4
+    window_size: Window = 7
+    mlp_ratio: Annotated[float, Field(gt=0, le=16)] = 4.0
+    depths: Depths = (2, 2, 6, 2)
+    num_heads: HeadCounts = (3, 6, 12, 24)
+    strides: tuple[Stride, ...] | None = Field(
+        None,
+        min_length=1,
+        max_length=16,
+        description="Of the patches and the mergings ([4, 2, 2, 2], which is all that is served); "
+        "or ask for maps by stride instead of by index: [8, 16, 32].",
+    )
+    out_indices: Indices = Field(
+        (0, 1, 2, 3), description="Stages, 0 at stride 4; each has a norm of its own."
+    )
+    qkv_bias: bool = True
+    qk_scale: Annotated[float, Field(gt=0, le=100)] | None = Field(
+        None, description="Factor of the attention; null is the root of the width of a head, inverted."
+    )
+    patch_norm: bool = True
+    drop_rate: DropRate = Field(0.0, description="Training only; changes nothing here.")
+    attn_drop_rate: DropRate = Field(0.0, description="Training only; changes nothing here.")
+    drop_path_rate: DropRate = Field(0.1, description="Training only; changes nothing here.")
+    use_abs_pos_embed: Literal[False] = False
+    act_cfg: ActivationConfig = ActivationConfig(type="GELU")
+    norm_cfg: LayerNormConfig = LayerNormConfig(type="LN")
+    pretrained: CheckpointName | None = Field(None, description="mmdet's older spelling of init_cfg.")
+    convert_weights: bool = Field(
+        False,
+        description="True reads checkpoints of the official code too; their output norms start at 1 and 0.",
+    )
+    frozen_stages: Annotated[int, Field(strict=True, ge=-1, le=8)] = Field(
+        -1, description="-1 nothing, 0 the patch embedding, k adds stages 0 to k-1 with their output norms."
+    )
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        """What each key allows alone but the network does not, as (key, detail)."""
+        yield from stage_faults(self.spec(), "num_heads")
+        if self.frozen_stages > len(self.depths):
+            yield "frozen_stages", f"{self.frozen_stages} is more than the {len(self.depths)} stages"
+
+    def _strides_of_levels(self) -> tuple[int, ...] | None:
+        merging = (self.patch_size, *(2 for _ in self.depths[1:]))
+        return None if self.strides == merging else self.strides
+
+    def spec(self) -> SwinSpec:
+        """The neutral spelling."""
+        spec = SwinSpec(
+            self.embed_dims,
+            self.depths,
+            self.num_heads,
+            outputs=(),
+            rule="mmdet",
+            pads_small=True,
+            in_channels=self.in_channels,
+            patch=self.patch_size,
+            window=self.window_size,
+            mlp_ratio=self.mlp_ratio,
+            qkv_bias=self.qkv_bias,
+            scale=self.qk_scale,
+            patch_norm=self.patch_norm,
+            eps=self.norm_cfg.eps,
+            activation=self.act_cfg.spec(),
+        )
+        return with_outputs(spec, self.out_indices, self._strides_of_levels())
+
+    def architecture(self) -> dict[str, Any]:
+        """The neutral spelling; a file may go in one way or the other."""
+        return {**super().architecture(), "convert_weights": self.convert_weights}
+
+    def weights(self) -> WeightsRef | None:
+        """Where the weights come from."""
+        return weights_or_pretrained(super().weights(), self.pretrained)
+
+    def levels(self, description: Description) -> tuple[Level, ...]:
+        """The levels to return: by `strides` where those are strides of levels, else by `out_indices`."""
+        strides = self._strides_of_levels()
+        return (
+            self.selected(description) if strides is None else levels_by_stride(strides, description.features)
+        )
+
+
+def _adapted(config: DetSwinTransformerConfig, state: StateDict) -> StateDict:
+    return from_official(state) if config.convert_weights else state
+
+
+def _det_optional(config: DetSwinTransformerConfig, state: StateDict) -> Callable[[str], bool]:
+    # The official code has one norm, `norm`, which mmdet does not take.
+    last = None if config.convert_weights else len(config.depths) - 1
+    return may_lack_output_norms(state, last=last)
+
+
+SWIN_TRANSFORMER = make_family(
+    SwinTransformerConfig,
+    SwinTransformer,
+    example={"arch": "tiny", "out_indices": [0, 1, 2, 3]},
+    architectures=tuple(ARCHS),
+    optional=_optional,
+)
+DET_SWIN_TRANSFORMER = make_family(
+    DetSwinTransformerConfig,
+    SwinTransformer,
+    example={"embed_dims": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24], "out_indices": [1, 2, 3]},
+    adapt=_adapted,
+    optional=_det_optional,
+)
