@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,64 +19,9 @@ from service.client import BackboneClient
 from tests.api.problems import assert_problem, pointers
 from tests.conftest import ROOT, RunningService, Serve, multipart
 
-TINY_NET = '''
-from typing import Annotated, ClassVar
-
-import torch
-from pydantic import Field
-from torch import nn
-
-from service.backbones import building
-from service.backbones.base import Backbone, BackboneConfig, Family, Indices, levels_by_index
-from service.backbones.freezing import freeze_report
-from service.checkpoints.load import load_strict
-from service.config.spec import FeatureInfo, Freeze
-
-
-class TinyNetConfig(BackboneConfig):
-    """Two strided convolutions."""
-
-    VIEW: ClassVar[frozenset[str]] = BackboneConfig.VIEW | {"out_indices", "frozen_stages"}
-    width: Annotated[int, Field(ge=1, le=64)] = 4
-    out_indices: Indices = (0, 1)
-    frozen_stages: Annotated[int, Field(ge=-1, le=2)] = -1
-
-    def selected(self, description):
-        return levels_by_index(self.out_indices, description.features)
-
-    def freeze(self):
-        return Freeze(self.frozen_stages if self.frozen_stages >= 0 else None)
-
-
-class TinyNet(Backbone):
-    def __init__(self, width):
-        super().__init__()
-        self.stage1 = nn.Conv2d(3, width, 3, stride=2, padding=1)
-        self.stage2 = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
-        self.features = (FeatureInfo(0, "0", width, 2, "NCHW"), FeatureInfo(1, "1", 2 * width, 4, "NCHW"))
-
-    def forward(self, images, nodes):
-        first = torch.relu(self.stage1(images))
-        maps = {"0": first, "1": torch.relu(self.stage2(first))}
-        return {node: maps[node] for node in nodes}
-
-    def frozen(self, freeze):
-        return freeze_report(self, freeze, [f"stage{stage}" for stage in range(1, (freeze.stages or 0) + 1)])
-
-
-def load(config, state, ref):
-    network = building.unset(lambda: TinyNet(config.width))
-    return network, load_strict(network, state, ref)
-
-
-FAMILY = Family(
-    config=TinyNetConfig,
-    describe=lambda config: building.describe(lambda: TinyNet(config.width), in_channels=3),
-    build=lambda config: TinyNet(config.width),
-    load=load,
-    example=lambda type_name: {"type": type_name, "width": 8},
-)
-'''
+DOCUMENT = (ROOT / "docs" / "add-a-backbone.md").read_text()
+# The document's own example is what is installed and served here.
+[TINY_NET] = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
 SHAPES = [[1, 4, 16, 24], [1, 8, 8, 12]]
 Install = Callable[..., Path]
 
