@@ -12,9 +12,6 @@ import torch
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
-# glibc's mallopt parameters (malloc.h): tensors beyond the threshold are mapped, so that freeing returns them.
-M_MMAP_THRESHOLD = -3
-MMAP_THRESHOLD_BYTES = 256 * 1024
 
 
 def pick_device(name: str) -> torch.device:
@@ -63,19 +60,12 @@ def budget_bytes(setting: str, device: torch.device) -> int:
     return int(setting)
 
 
-def keep_freed_memory_returnable() -> None:
-    """Make the C library map large blocks, so that an evicted model's memory goes back to the system.
-
-    glibc raises the threshold by itself up to 32 MB after the first large free; a fixed one stays put.
-    """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
-
-
 def return_freed_memory(device: torch.device) -> None:
-    """Give the memory of dropped models back: Python's cycles, the C library's arenas, the device's cache."""
+    """Give the memory of dropped models back: Python's cycles, the C library's arenas, the device's cache.
+
+    glibc keeps what is freed, and `malloc_trim` hands whole free pages back, wherever in the heap they are. (Having it
+    map every large block instead would return them by itself, and make each forward pass 2.5 times slower.)
+    """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

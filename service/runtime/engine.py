@@ -25,7 +25,6 @@ from service.runtime.batcher import Batcher
 from service.runtime.cache import Entry, ModelCache
 from service.runtime.device import (
     budget_bytes,
-    keep_freed_memory_returnable,
     pick_device,
     return_freed_memory,
 )
@@ -68,7 +67,6 @@ class Engine:
     """Everything behind the API. Call `start` and `stop` inside a running event loop."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
-        keep_freed_memory_returnable()
         self.settings = settings
         self.metrics = metrics
         self.draining = False

@@ -18,9 +18,10 @@ from service.backbones.base import Backbone, BackboneConfig, Family
 from service.backbones.building import shapes_only
 from service.backbones.lazyconfig import from_lazyconfig
 from service.backbones.registry import Registry, Resolved, json_type
+from service.checkpoints.published import own_prefix
 from service.config.files import ConfigCatalogue, NamedConfig
 from service.config.spec import Description, FeatureInfo, Freeze, FreezeReport, Layout, Level, WeightsRef
-from service.errors import InvalidConfig
+from service.errors import CheckpointMismatch, InvalidConfig
 from service.necks.base import LevelFacts, NeckConfig, NeckDescription, NeckFamily, WeightedNeckConfig
 from service.validation import invalid
 
@@ -151,7 +152,7 @@ class Planner:
             description=description,
             levels=config.levels(description),
             frozen=self._frozen(resolved.family, config, description),
-            weights=config.weights(),
+            weights=_weights(config),
             preprocess=preprocess,
         )
         return plan if neck is None else self._with_neck(neck, plan)
@@ -337,6 +338,20 @@ def _completed(named: NamedConfig, neck: Any, preprocess: Any) -> tuple[Mapping[
 def _configure(resolved: Resolved[Family[Any]], raw: Mapping[str, Any]) -> BackboneConfig:
     config: BackboneConfig = _validated(resolved, raw, "#/backbone")
     return config
+
+
+def _weights(config: BackboneConfig) -> WeightsRef | None:
+    """Where a backbone's weights come from, with the prefix that their scheme takes off by itself.
+
+    Raises:
+        InvalidConfig: two checkpoints are named, or one that would fit but means another network.
+    """
+    ref = config.weights()
+    if ref is None:
+        return None
+    if (detail := config.misreads(ref.name)) is not None:
+        raise CheckpointMismatch(ref.pointer, detail)
+    return replace(ref, prefix=own_prefix(ref.name, ref.prefix))
 
 
 def _validated(resolved: Resolved[Any], raw: Mapping[str, Any], pointer: str) -> Any:
