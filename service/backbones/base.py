@@ -199,6 +199,10 @@ class BackboneConfig(NetworkConfig):
         """Where the weights come from; None means random ones from a seed of `key()`."""
         return pretrained_ref(self.init_cfg, self.checkpoint, pointer="#/backbone")
 
+    def misreads(self, checkpoint: str) -> str | None:  # noqa: ARG002 - a family that can tell overrides this
+        """Why a published checkpoint of this name would fit and yet compute something else; None if it does not."""
+        return None
+
     def freeze(self) -> Freeze:
         """What the config freezes."""
         return Freeze()

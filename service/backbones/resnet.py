@@ -31,6 +31,7 @@ from service.backbones.base import (
 from service.backbones.freezing import freeze_report
 from service.backbones.norms import BATCH_NORM, NORMS, NormConfig, NormSpec, make_norm
 from service.checkpoints.load import load_strict
+from service.checkpoints.published import style_of
 from service.config.spec import Description, FeatureInfo, Freeze, FreezeReport, Level, LoadedKeys, WeightsRef
 
 if TYPE_CHECKING:
@@ -439,6 +440,17 @@ class ResidualConfig(BackboneConfig):
     def architecture(self) -> dict[str, Any]:
         """The neutral spelling, so that what only training reads makes no second model."""
         return {"type": self.TYPE, **asdict(self.spec())}
+
+    def misreads(self, checkpoint: str) -> str | None:
+        """Bottlenecks of the other style have the same names and shapes, and other numbers."""
+        theirs, spec = style_of(checkpoint), self.spec()
+        ours = "caffe" if spec.stride_on_1x1 else "pytorch"
+        if theirs in (None, ours) or spec.block != "bottleneck":
+            return None
+        return (
+            f"these weights are of a ResNet of style {theirs}, not {ours}: they have the same names and shapes "
+            "but would give wrong features"
+        )
 
     def freeze(self) -> Freeze:
         """OpenMMLab's `frozen_stages`, `norm_eval` and `norm_cfg.requires_grad`."""

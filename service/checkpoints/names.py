@@ -1,4 +1,4 @@
-"""What a checkpoint is called: a file of the checkpoint directory, a file of the hub, or a file of a host.
+"""What a checkpoint is called: a file of the checkpoint directory, of the hub, of a host, or of a library's table.
 
 A name is taken apart by a closed table of schemes before anything else is done with it; each part has a
 pattern, and no part of a name becomes a path that has not been checked.
@@ -14,11 +14,21 @@ from pathlib import PurePosixPath
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
+from service.checkpoints.published import SCHEMES, nearest_names, url_of
+
 EXTENSIONS: Final = (".safetensors", ".pth", ".pt", ".bin", ".pyth")
 HUB_SCHEME: Final = "hf-hub:"
 DOWNLOAD_FOLDERS: Final = frozenset({"hub", "url"})
 MAX_NAME_LENGTH: Final = 512
 SHOWN_LENGTH: Final = 160
+FORMS: Final = (
+    "a file of the checkpoint directory",
+    f"{HUB_SCHEME}ORGANISATION/NAME",
+    "https://HOST/FILE",
+    "open-mmlab://NAME",
+    "mmcls://NAME",
+    "torchvision://NAME",
+)
 
 _REPOSITORY_PART: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 _FILE_PART: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@-]{0,199}")
@@ -65,7 +75,10 @@ class HubName:
 
 @dataclass(frozen=True)
 class UrlName:
-    """An https URL: its host, its path as written, its file name, and the digest's beginning in that name."""
+    """An https URL: its host, its path as written, its file name, and the digest's beginning in that name.
+
+    `name` is the URL, also where a library's name (`open-mmlab://NAME`) led to it: they share one file.
+    """
 
     name: str
     host: str
@@ -95,8 +108,7 @@ def parse_name(name: str) -> Name:
         return _file_name(name)
     parse = _PARSERS.get(scheme.group())
     if parse is None:
-        known = f"a file of the checkpoint directory, {HUB_SCHEME}ORGANISATION/NAME, https://HOST/FILE"
-        raise RefusedNameError(f"{shown(name)} is none of: {known}")
+        raise RefusedNameError(f"{shown(name)} is none of: {', '.join(FORMS)}")
     return parse(name)
 
 
@@ -160,10 +172,32 @@ def _url_name(name: str) -> UrlName:
     return UrlName(name, host, url.path, parts[-1], digest_in(parts[-1]))
 
 
+def _published_name(name: str) -> UrlName:
+    """The URL that a library's table has for a name.
+
+    Raises:
+        RefusedNameError: the table has no such name; the nearest ones are told.
+    """
+    scheme, _, rest = name.partition("//")
+    if scheme not in SCHEMES or not rest:
+        scheme = name.partition(":")[0]
+        raise RefusedNameError(f"{shown(name)} is not of the form {scheme}://NAME")
+    url = url_of(scheme, rest)
+    if url is None:
+        nearest = ", ".join(nearest_names(scheme, rest))
+        detail = UnknownFileError(name).detail
+        raise RefusedNameError(f"{detail}; nearest: {nearest}" if nearest else detail)
+    return _url_name(url)
+
+
 def digest_in(file: str) -> str:
     """The beginning of the file's sha256 that its name carries (`resnet50-0676ba61.pth`), or empty."""
     found = _DIGEST.search(file)
     return found.group(1) if found else ""
 
 
-_PARSERS: Final[Mapping[str, Callable[[str], Name]]] = {HUB_SCHEME: _hub_name, "https:": _url_name}
+_PARSERS: Final[Mapping[str, Callable[[str], Name]]] = {
+    HUB_SCHEME: _hub_name,
+    "https:": _url_name,
+    **dict.fromkeys(SCHEMES, _published_name),
+}

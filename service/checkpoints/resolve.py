@@ -38,11 +38,10 @@ from service.checkpoints.names import (
     parse_name,
     shown,
 )
+from service.checkpoints.published import NEAREST, NEAREST_SCORE
 from service.config.spec import WeightsRef
 from service.errors import CheckpointUnavailable
 
-NEAREST: Final = 3
-NEAREST_SCORE: Final = 50
 MAX_LISTED: Final = 5000
 MAX_DIGESTS: Final = 4096
 
