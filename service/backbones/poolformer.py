@@ -154,10 +154,14 @@ class PoolFormer(Backbone):
         for stage, width in enumerate(spec.widths):
             if stage:
                 layers.append(PatchEmbed(spec.widths[stage - 1], width, spec.down))
-            layers.append(nn.Sequential(*(Block(spec, stage) for _ in range(spec.blocks[stage]))))
+            layers.append(nn.Sequential(*(self.make_block(spec, stage) for _ in range(spec.blocks[stage]))))
         self.network = nn.ModuleList(layers)
         for layer in spec.outputs:
             self.add_module(f"norm{layer}", make_norm(spec.norm, self.features[layer].channels))
+
+    def make_block(self, spec: PoolFormerSpec, stage: int) -> nn.Module:
+        """One block of a stage."""
+        return Block(spec, stage)
 
     def forward(self, images: Tensor, nodes: Sequence[str]) -> dict[str, Tensor]:
         """Normed maps of the layers in `nodes`; stops after the deepest of them."""
@@ -200,15 +204,12 @@ class ArchConfig(BaseModel):
     layer_scale_init_value: Annotated[float, Field(gt=0, le=100)] = 1e-5
 
 
-class PoolFormerConfig(OpenMMLabConfig):
-    """`mmpretrain.PoolFormer`, which is also `mmcls.PoolFormer`."""
-
-    NETWORK: ClassVar[str] = "PoolFormer"
+class FormerConfig(OpenMMLabConfig):
+    """The keys that PoolFormer and RIFormer have in common."""
 
     arch: Annotated[
         str | ArchConfig, named_arch(ARCHS, fold=False), Field(json_schema_extra={"examples": list(ARCHS)})
     ] = "s12"
-    pool_size: Annotated[int, Field(strict=True, ge=1, le=31, multiple_of=1)] = 3
     norm_cfg: NormConfig = NormConfig(type="GN", num_groups=1)
     act_cfg: ActivationConfig = ActivationConfig(type="GELU")
     in_patch_size: Small = 7
@@ -222,9 +223,6 @@ class PoolFormerConfig(OpenMMLabConfig):
     out_indices: Indices = Field(
         (-1,), description="Layers: 0, 2, 4, 6 are the stages, odd numbers the convolutions between them."
     )
-    frozen_stages: Annotated[int, Field(strict=True, ge=-1, le=15)] = Field(
-        0, description="-1 nothing, 0 the patch embedding, k adds layers 0 to k-1 with their output norms."
-    )
 
     def faults(self) -> Iterator[tuple[str, str]]:
         """What each key allows alone but the network does not, as (key, detail)."""
@@ -232,10 +230,6 @@ class PoolFormerConfig(OpenMMLabConfig):
         for key, given in (("layers", blocks), ("mlp_ratios", ratios)):
             if len(given) != len(widths):
                 yield f"arch/{key}", f"has {len(given)} entries for {len(widths)} stages"
-        if self.pool_size % 2 == 0:
-            yield "pool_size", "must be odd"
-        if self.frozen_stages > 2 * len(widths) - 1:
-            yield "frozen_stages", f"{self.frozen_stages} is more than the {2 * len(widths) - 1} layers"
         if (fault := norm_fault(self.norm_cfg, widths)) is not None:
             yield fault
 
@@ -252,7 +246,7 @@ class PoolFormerConfig(OpenMMLabConfig):
         stem = PatchSpec(self.in_patch_size, self.in_stride, self.in_pad)
         down = PatchSpec(self.down_patch_size, self.down_stride, self.down_pad)
         norm, act = self.norm_cfg.spec(), self.act_cfg.spec()
-        spec = PoolFormerSpec(blocks, widths, ratios, layer_scale, (), norm, act, self.pool_size, stem, down)
+        spec = PoolFormerSpec(blocks, widths, ratios, layer_scale, (), norm, act, stem=stem, down=down)
         return replace(spec, outputs=self._outputs([feature.stride or 0 for feature in spec.features()]))
 
     def _outputs(self, strides: Sequence[int]) -> tuple[int, ...]:
@@ -263,7 +257,32 @@ class PoolFormerConfig(OpenMMLabConfig):
         return asked_stages(self.out_indices, None, strides)
 
 
-def _optional(config: PoolFormerConfig, state: StateDict) -> Callable[[str], bool]:
+class PoolFormerConfig(FormerConfig):
+    """`mmpretrain.PoolFormer`, which is also `mmcls.PoolFormer`."""
+
+    NETWORK: ClassVar[str] = "PoolFormer"
+
+    pool_size: Annotated[int, Field(strict=True, ge=1, le=31, multiple_of=1)] = 3
+    frozen_stages: Annotated[int, Field(strict=True, ge=-1, le=15)] = Field(
+        0, description="-1 nothing, 0 the patch embedding, k adds layers 0 to k-1 with their output norms."
+    )
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        """What each key allows alone but the network does not, as (key, detail)."""
+        yield from super().faults()
+        layers = 2 * len(self.plan()[1]) - 1
+        if self.pool_size % 2 == 0:
+            yield "pool_size", "must be odd"
+        if self.frozen_stages > layers:
+            yield "frozen_stages", f"{self.frozen_stages} is more than the {layers} layers"
+
+    def spec(self) -> PoolFormerSpec:
+        """The neutral spelling."""
+        return replace(super().spec(), pool=self.pool_size)
+
+
+def may_lack_norms(config: FormerConfig, state: StateDict) -> Callable[[str], bool]:
+    """Which output norms a file may leave out."""
     return may_lack_output_norms(state, last=2 * len(config.plan()[1]) - 2)
 
 
@@ -272,5 +291,5 @@ POOLFORMER = make_family(
     PoolFormer,
     example={"arch": "s12", "out_indices": [0, 2, 4, 6]},
     architectures=tuple(ARCHS),
-    optional=_optional,
+    optional=may_lack_norms,
 )

@@ -7,9 +7,9 @@ One network gives every output that a config may ask of a layer: its nodes are `
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from service.backbones.base import (
 )
 from service.backbones.freezing import freeze_report
 from service.backbones.norms import NORMS, LayerNormConfig, NormSpec, make_norm
+from service.backbones.openmmlab import Scale, allocated, settle_computed
 from service.checkpoints.load import load_strict
 from service.config.spec import (
     Description,
@@ -47,9 +48,16 @@ if TYPE_CHECKING:
 
 MAX_PATCHES = 16_384  # 2048 px in patches of 16
 OutType = Literal["raw", "cls_token", "featmap", "avg_featmap"]
-Activation = Literal["gelu", "quick_gelu"]
+OutputKind = OutType | Literal["dist_token"]  # the latter comes with the class token
+Activation = Literal["gelu", "quick_gelu", "silu"]
 Interpolation = Literal["bicubic", "bilinear"]
-LAYOUTS: dict[OutType, Layout] = {"raw": "NLC", "cls_token": "NC", "featmap": "NCHW", "avg_featmap": "NC"}
+LAYOUTS: dict[OutputKind, Layout] = {
+    "raw": "NLC",
+    "cls_token": "NC",
+    "dist_token": "NC",
+    "featmap": "NCHW",
+    "avg_featmap": "NC",
+}
 
 
 @dataclass(frozen=True)
@@ -113,13 +121,18 @@ class VisionTransformerSpec:
         return self.grid[0] * self.patch_size, self.grid[1] * self.patch_size
 
     @property
+    def extra_positions(self) -> int:
+        """Positions in `pos_embed` before those of the patches."""
+        return self.extra_tokens
+
+    @property
     def tokens(self) -> int:
         """Length of `pos_embed`."""
-        return self.extra_tokens + self.grid[0] * self.grid[1]
+        return self.extra_positions + self.grid[0] * self.grid[1]
 
-    def out_types(self) -> tuple[OutType, ...]:
+    def out_types(self) -> tuple[OutputKind, ...]:
         """The outputs of every layer."""
-        types: list[OutType] = ["raw"]
+        types: list[OutputKind] = ["raw"]
         types += ["cls_token"] if self.with_cls_token else []
         types += ["featmap"]
         types += ["avg_featmap"] if self.average_norm else []
@@ -133,7 +146,7 @@ class VisionTransformerSpec:
             for kind in self.out_types()
         )
 
-    def _stride(self, kind: OutType) -> int | None:
+    def _stride(self, kind: OutputKind) -> int | None:
         return self.patch_size if kind == "featmap" else None
 
 
@@ -142,7 +155,11 @@ def quick_gelu(tokens: Tensor) -> Tensor:
     return tokens * torch.sigmoid(1.702 * tokens)
 
 
-ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "quick_gelu": quick_gelu,
+    "silu": F.silu,
+}
 
 
 class LayerScale(nn.Module):
@@ -286,8 +303,13 @@ def resize_pos_embed(
     return torch.cat([pos_embed[:, :extra], resized.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1)
 
 
+def before(token: Tensor, tokens: Tensor) -> Tensor:
+    """[n, l, c] with a learnt token, [1, 1, c], in front."""
+    return torch.cat([token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+
+
 class VisionTransformer(Backbone):
-    """A VisionTransformer whose state dict has mmpretrain's keys."""
+    """A VisionTransformer whose state dict has mmpretrain's keys; relatives differ in `make_layer` and `embed`."""
 
     def __init__(self, spec: VisionTransformerSpec) -> None:
         super().__init__()
@@ -297,39 +319,52 @@ class VisionTransformer(Backbone):
         self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if spec.with_cls_token else None
         self.pos_embed = nn.Parameter(torch.empty(1, spec.tokens, width))
         self.patch_embed = PatchEmbed(spec)
-        self.layers = nn.ModuleList(TransformerLayer(spec) for _ in range(spec.size.layers))
+        self.layers = nn.ModuleList(self.make_layer() for _ in range(spec.size.layers))
         self.pre_norm = self._norm(spec.pre_norm)
         self.ln1 = self._norm(spec.final_norm)
         self.ln2 = self._norm(spec.average_norm)
+
+    def make_layer(self) -> nn.Module:
+        """One of `layers`."""
+        return TransformerLayer(self.spec)
 
     def _norm(self, wanted: bool) -> nn.Module:
         return make_norm(self.spec.norm, self.spec.size.width) if wanted else nn.Identity()
 
     def forward(self, images: Tensor, nodes: Sequence[str]) -> dict[str, Tensor]:
         """The outputs in `nodes`; stops after the deepest layer asked for."""
-        tokens, grid = self._embed(images)
+        tokens, grid = self.embed(images)
         wanted = [(node, *_parse_node(node)) for node in nodes]
         found = {}
         for index in range(max(index for _, index, _ in wanted) + 1):
-            tokens = self.layers[index](tokens)
+            tokens = self.run_layer(index, tokens)
             # The final norm belongs to the last layer only: earlier outputs are not normalised.
             last = index == len(self.layers) - 1
             output = self.ln1(tokens) if last else tokens
             for node, asked, kind in wanted:
                 if asked == index:
-                    found[node] = self._output(output, grid, kind)
+                    found[node] = self.output(output, grid, kind)
         return {node: found[node] for node in nodes}
 
-    def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def run_layer(self, index: int, tokens: Tensor) -> Tensor:
+        """[n, l, c] to [n, l, c]."""
+        mixed: Tensor = self.layers[index](tokens)
+        return mixed
+
+    def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Tokens with their positions, [n, extra + rows * columns, c], and (rows, columns)."""
-        spec = self.spec
         tokens, grid = self.patch_embed(images)
         if self.cls_token is not None:
-            tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
-        positions = resize_pos_embed(self.pos_embed, spec.grid, grid, spec.extra_tokens, spec.interpolation)
-        return self.pre_norm(tokens + positions), grid
+            tokens = before(self.cls_token, tokens)
+        return self.pre_norm(tokens + self.positions(grid)), grid
 
-    def _output(self, tokens: Tensor, grid: tuple[int, int], kind: str) -> Tensor:
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """`pos_embed` for a grid of patches."""
+        spec = self.spec
+        return resize_pos_embed(self.pos_embed, spec.grid, grid, spec.extra_positions, spec.interpolation)
+
+    def output(self, tokens: Tensor, grid: tuple[int, int], kind: str) -> Tensor:
+        """What a layer gives under a kind of output."""
         if kind == "raw":
             return tokens
         if kind == "cls_token":
@@ -364,11 +399,15 @@ def initialise(network: VisionTransformer) -> None:
             module.reset_parameters()
         elif isinstance(module, LayerScale):
             nn.init.constant_(module.weight, module.initial)
+        elif isinstance(module, Scale):
+            module.start()
         elif isinstance(module, (nn.Linear, nn.Conv2d)):
             _initialise_weight(module)
-    nn.init.trunc_normal_(network.pos_embed, std=0.02)
-    if network.cls_token is not None:
-        nn.init.zeros_(network.cls_token)
+    for name, parameter in network.named_parameters(recurse=False):
+        if name == "cls_token":
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.trunc_normal_(parameter, std=0.02)
 
 
 def _initialise_weight(module: nn.Linear | nn.Conv2d) -> None:
@@ -396,11 +435,11 @@ def _fitted(pos_embed: Tensor, spec: VisionTransformerSpec) -> Tensor:
     length = pos_embed.shape[1]
     if not spec.with_cls_token and (length == spec.tokens + 1 or _is_square(length - 1)):
         pos_embed, length = pos_embed[:, 1:], length - 1
-    patches = length - spec.extra_tokens
+    patches = length - spec.extra_positions
     if length == spec.tokens or not _is_square(patches):
         return pos_embed
     side = math.isqrt(patches)
-    return resize_pos_embed(pos_embed, (side, side), spec.grid, spec.extra_tokens, spec.interpolation)
+    return resize_pos_embed(pos_embed, (side, side), spec.grid, spec.extra_positions, spec.interpolation)
 
 
 def _is_square(number: int) -> bool:
@@ -418,7 +457,7 @@ GELUS: dict[str, Activation] = {
     "mmcls.QuickGELU": "quick_gelu",
 }
 # What `output_cls_token` of mmcls 0.x returns for an index, as (suffix of the level's name, node).
-WITH_CLS_TOKEN: tuple[tuple[str, OutType], ...] = (("", "featmap"), (".cls", "cls_token"))
+WITH_CLS_TOKEN: tuple[tuple[str, OutputKind], ...] = (("", "featmap"), (".cls", "cls_token"))
 
 
 class ArchConfig(BaseModel):
@@ -453,36 +492,54 @@ class ActivationConfig(BaseModel):
     type: Literal["GELU", "QuickGELU", "mmpretrain.QuickGELU", "mmcls.QuickGELU"]
 
 
-class LayerConfig(BaseModel):
-    """What `layer_cfgs` may change of every layer."""
+class PlainLayerConfig(BaseModel):
+    """What `layer_cfgs` may change of every layer of a relative."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     act_cfg: ActivationConfig = ActivationConfig(type="GELU")
+
+
+class LayerConfig(PlainLayerConfig):
+    """What `layer_cfgs` may change of every layer."""
+
     ffn_type: Literal["origin", "swiglu_fused"] = "origin"
 
 
-def _known_arch(value: Any) -> Any:
-    """Names are matched in lower case, as the library does; an unknown one lists those known."""
-    if not isinstance(value, str):
-        return value
-    if value.lower() not in SIZES:
-        raise ValueError(f"is not one of {', '.join(SIZES)}, nor an object")
-    return value.lower()
+def arch_or_object(names: Iterable[str]) -> BeforeValidator:
+    """A validator of `arch`: names in lower case, as the library matches them; an unknown one lists those known."""
+    known = tuple(names)
+
+    def check(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if value.lower() not in known:
+            raise ValueError(f"is not one of {', '.join(known)}, nor an object")
+        return value.lower()
+
+    return BeforeValidator(check)
 
 
-class VisionTransformerConfig(BackboneConfig):
-    """`mmpretrain.VisionTransformer`, which is also `mmcls.VisionTransformer`.
+def size_fault(size: Size) -> Iterator[tuple[str, str]]:
+    """What does not fit in the widths of a transformer, as (key, detail)."""
+    if size.width % size.heads:
+        yield "arch/num_heads", f"{size.heads} heads do not divide {size.width} embed_dims"
+
+
+class TransformerConfig(BackboneConfig):
+    """The keys that VisionTransformer and its relatives in mmpretrain have in common.
 
     mmcls 0.x had `output_cls_token` (true by default) where mmpretrain has `out_type` (`cls_token` by
     default); both are understood in both scopes, with the default of the scope that was written.
+    `NETWORK` names what scopes share, `ARCHS` are the names that `arch` may have. `MMCLS_HAS_CLS_TOKEN` is that
+    default of mmcls.
     """
 
-    TYPE: ClassVar[str] = "mmpretrain.VisionTransformer"
+    NETWORK: ClassVar[str]
+    ARCHS: ClassVar[Mapping[str, Size]] = SIZES
+    MMCLS_HAS_CLS_TOKEN: ClassVar[bool] = True
 
-    arch: Annotated[
-        str | ArchConfig, BeforeValidator(_known_arch), Field(json_schema_extra={"examples": list(SIZES)})
-    ] = "base"
+    arch: str | ArchConfig
     img_size: Pixels | tuple[Pixels, Pixels] = Field(
         224, description="Image size that the position embeddings are for; images of any size are taken."
     )
@@ -491,7 +548,6 @@ class VisionTransformerConfig(BackboneConfig):
     out_indices: Indices = Field((-1,), description="Layers from 0; negative ones count from the end.")
     drop_rate: DropRate = Field(0.0, description="Training only; changes nothing here.")
     drop_path_rate: DropRate = Field(0.0, description="Training only; changes nothing here.")
-    qkv_bias: bool = True
     norm_cfg: LayerNormConfig = LayerNormConfig(type="LN", eps=1e-6)
     final_norm: bool = True
     out_type: OutType | None = Field(None, description="null is cls_token.")
@@ -500,20 +556,15 @@ class VisionTransformerConfig(BackboneConfig):
         description="mmcls 0.x: true returns a map and its class token, false the map. True for mmcls types.",
     )
     with_cls_token: bool = True
-    frozen_stages: Annotated[int, Field(strict=True, ge=-1, le=64)] = Field(
-        -1, description="k >= 1 freezes the embeddings and k layers."
-    )
     interpolate_mode: Interpolation = "bicubic"
-    layer_scale_init_value: Annotated[float, Field(ge=0, le=100)] = 0.0
     patch_cfg: PatchConfig = PatchConfig()
-    layer_cfgs: LayerConfig = LayerConfig()
-    pre_norm: bool = False
+    layer_cfgs: PlainLayerConfig = PlainLayerConfig()
 
     @model_validator(mode="before")
     @classmethod
     def _default_of_scope(cls, raw: Any, info: ValidationInfo) -> Any:
         scope = (info.context or {}).get("scope")
-        if scope != "mmcls" or not isinstance(raw, Mapping):
+        if scope != "mmcls" or not cls.MMCLS_HAS_CLS_TOKEN or not isinstance(raw, Mapping):
             return raw
         unsaid = raw.get("out_type") is None and raw.get("output_cls_token") is None
         return {**raw, "output_cls_token": True} if unsaid else raw
@@ -525,55 +576,58 @@ class VisionTransformerConfig(BackboneConfig):
         if not self.with_cls_token and "cls_token" in dict(self.outputs()).values():
             key = "out_type" if self.output_cls_token is None else "output_cls_token"
             yield key, f"{key} that returns the class token needs with_cls_token"
-        spec = self.spec()
-        if spec.size.width % spec.size.heads:
-            yield "arch/num_heads", f"{spec.size.heads} heads do not divide {spec.size.width} embed_dims"
-        if self.frozen_stages > spec.size.layers:
-            yield "frozen_stages", f"{self.frozen_stages} is more than the {spec.size.layers} layers"
-        patches = spec.grid[0] * spec.grid[1]
-        if patches > MAX_PATCHES:
-            yield "img_size", f"{patches} patches of {self.patch_size} px; the limit is {MAX_PATCHES}"
+        yield from size_fault(self.size())
+        rows, columns = self.grid()
+        if rows * columns > MAX_PATCHES:
+            yield "img_size", f"{rows * columns} patches of {self.patch_size} px; the limit is {MAX_PATCHES}"
 
-    def outputs(self) -> tuple[tuple[str, OutType], ...]:
+    def outputs(self) -> tuple[tuple[str, OutputKind], ...]:
         """What each index returns, as (suffix of the level's name, kind of node)."""
         if self.output_cls_token is not None:
             return WITH_CLS_TOKEN if self.output_cls_token else (("", "featmap"),)
-        return (("", self.out_type or "cls_token"),)
+        return (("", self.given_out_type()),)
+
+    def given_out_type(self) -> OutType:
+        """`out_type`, or what a null is."""
+        return self.out_type or "cls_token"
+
+    def size(self) -> Size:
+        """The widths that `arch` names or spells out."""
+        return self.ARCHS[self.arch] if isinstance(self.arch, str) else self.arch.size()
 
     def image_size(self) -> tuple[int, int]:
         """[height, width] of `img_size`."""
         return self.img_size if isinstance(self.img_size, tuple) else (self.img_size, self.img_size)
 
-    def spec(self) -> VisionTransformerSpec:
-        """The neutral spelling."""
+    def grid(self) -> tuple[int, int]:
+        """[rows, columns] of the patches of an image of `img_size`."""
         height, width = self.image_size()
+        return math.ceil(height / self.patch_size), math.ceil(width / self.patch_size)
+
+    def spec(self) -> VisionTransformerSpec:
+        """The neutral spelling of the keys that all have."""
         bias = self.patch_cfg.bias
         return VisionTransformerSpec(
-            size=SIZES[self.arch] if isinstance(self.arch, str) else self.arch.size(),
-            grid=(math.ceil(height / self.patch_size), math.ceil(width / self.patch_size)),
+            size=self.size(),
+            grid=self.grid(),
             patch_size=self.patch_size,
             in_channels=self.in_channels,
-            patch_bias=bias if bias is not None else not self.pre_norm,
-            qkv_bias=self.qkv_bias,
+            patch_bias=bias if bias is not None else True,
             with_cls_token=self.with_cls_token,
             norm=NormSpec("ln", self.norm_cfg.eps),
-            pre_norm=self.pre_norm,
             final_norm=self.final_norm,
-            average_norm=self.out_type == "avg_featmap",
-            layer_scale=self.layer_scale_init_value,
+            average_norm="avg_featmap" in dict(self.outputs()).values(),
             activation=GELUS[self.layer_cfgs.act_cfg.type],
-            swiglu=FEED_FORWARDS[self.layer_cfgs.ffn_type],
             interpolation=self.interpolate_mode,
         )
 
     def architecture(self) -> dict[str, Any]:
         """The neutral spelling, so that what only training or the reply reads makes no second model."""
-        return {"type": self.TYPE, **asdict(self.spec())}
+        return {"type": self.NETWORK, **asdict(self.spec())}
 
     def freeze(self) -> Freeze:
-        """mmpretrain's `frozen_stages` and `norm_cfg.requires_grad`."""
-        stages = self.frozen_stages if self.frozen_stages >= 0 else None
-        return Freeze(stages, all_norms=not self.norm_cfg.requires_grad)
+        """mmpretrain's `norm_cfg.requires_grad`."""
+        return Freeze(all_norms=not self.norm_cfg.requires_grad)
 
     def selected(self, description: Description) -> tuple[Level, ...]:
         """The levels of `out_indices`: one an index, or a map and its class token."""
@@ -584,44 +638,101 @@ class VisionTransformerConfig(BackboneConfig):
         )
 
 
-def _describe(config: VisionTransformerConfig) -> Description:
-    spec = config.spec()
-    return building.describe(
-        lambda: VisionTransformer(spec),
-        in_channels=spec.in_channels,
-        input_defaults=PreprocessDefaults(size=spec.native_size),
-        prefix_tokens=spec.extra_tokens,
+class FreezableTransformerConfig(TransformerConfig):
+    """Those of them whose layers can be frozen."""
+
+    frozen_stages: Annotated[int, Field(strict=True, ge=-1, le=64)] = Field(
+        -1, description="k >= 1 freezes the embeddings and k layers."
+    )
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        """What each key allows alone but the network does not, as (key, detail)."""
+        yield from super().faults()
+        layers = self.size().layers
+        if self.frozen_stages > layers:
+            yield "frozen_stages", f"{self.frozen_stages} is more than the {layers} layers"
+
+    def freeze(self) -> Freeze:
+        """mmpretrain's `frozen_stages` and `norm_cfg.requires_grad`."""
+        stages = self.frozen_stages if self.frozen_stages >= 0 else None
+        return replace(super().freeze(), stages=stages)
+
+
+class VisionTransformerConfig(FreezableTransformerConfig):
+    """`mmpretrain.VisionTransformer`, which is also `mmcls.VisionTransformer`."""
+
+    NETWORK: ClassVar[str] = "mmpretrain.VisionTransformer"
+
+    arch: Annotated[
+        str | ArchConfig, arch_or_object(SIZES), Field(json_schema_extra={"examples": list(SIZES)})
+    ] = "base"
+    qkv_bias: bool = True
+    layer_scale_init_value: Annotated[float, Field(ge=0, le=100)] = 0.0
+    layer_cfgs: LayerConfig = LayerConfig()
+    pre_norm: bool = False
+
+    def spec(self) -> VisionTransformerSpec:
+        """The neutral spelling."""
+        bias = self.patch_cfg.bias
+        return replace(
+            super().spec(),
+            patch_bias=bias if bias is not None else not self.pre_norm,
+            qkv_bias=self.qkv_bias,
+            pre_norm=self.pre_norm,
+            layer_scale=self.layer_scale_init_value,
+            swiglu=FEED_FORWARDS[self.layer_cfgs.ffn_type],
+        )
+
+
+T = TypeVar("T", bound=TransformerConfig)
+
+
+def make_transformer_family(
+    config: type[T],
+    network: Callable[[Any], VisionTransformer],
+    *,
+    example: Mapping[str, Any],
+    adapt: Callable[[T, StateDict], StateDict] | None = None,
+) -> Family[T]:
+    """The family of a VisionTransformer or a relative, made by `network` from its config's `spec()`.
+
+    `adapt` gives a file's tensors by the network's names, before their positions are fitted.
+    """
+
+    def describe(given: T) -> Description:
+        spec = given.spec()
+        return building.describe(
+            lambda: network(spec),
+            in_channels=spec.in_channels,
+            input_defaults=PreprocessDefaults(size=spec.native_size),
+            prefix_tokens=spec.extra_tokens,
+        )
+
+    def build(given: T) -> VisionTransformer:
+        spec = given.spec()
+        made = allocated(lambda: network(spec))
+        initialise(made)
+        return made
+
+    def load(given: T, state: StateDict, ref: WeightsRef) -> tuple[VisionTransformer, LoadedKeys]:
+        spec = given.spec()
+        made = allocated(lambda: network(spec))
+        named = adapt(given, state) if adapt is not None else state
+        keys = load_strict(made, fit_pos_embed(named, spec), ref)
+        return made, settle_computed(made, named, keys)
+
+    return Family(
+        config=config,
+        describe=describe,
+        build=build,
+        load=load,
+        example=lambda type_name: {"type": type_name, **example},
+        architectures=lambda type_name: tuple(config.ARCHS),  # noqa: ARG005 - the same for every spelling
     )
 
 
-def _build(config: VisionTransformerConfig) -> VisionTransformer:
-    spec = config.spec()
-    network = building.unset(lambda: VisionTransformer(spec))
-    initialise(network)
-    return network
-
-
-def _load(
-    config: VisionTransformerConfig, state: StateDict, ref: WeightsRef
-) -> tuple[VisionTransformer, LoadedKeys]:
-    spec = config.spec()
-    network = building.unset(lambda: VisionTransformer(spec))
-    return network, load_strict(network, fit_pos_embed(state, spec), ref)
-
-
-def _example(type_name: str) -> Mapping[str, Any]:
-    return {"type": type_name, "arch": "deit-small", "out_type": "featmap", "out_indices": [2, 5, 8, 11]}
-
-
-def _architectures(type_name: str) -> Sequence[str]:  # noqa: ARG001 - the same for every spelling
-    return tuple(SIZES)
-
-
-VISION_TRANSFORMER = Family(
-    config=VisionTransformerConfig,
-    describe=_describe,
-    build=_build,
-    load=_load,
-    example=_example,
-    architectures=_architectures,
+VISION_TRANSFORMER = make_transformer_family(
+    VisionTransformerConfig,
+    VisionTransformer,
+    example={"arch": "deit-small", "out_type": "featmap", "out_indices": [2, 5, 8, 11]},
 )

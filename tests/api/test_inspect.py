@@ -255,7 +255,8 @@ def test_a_search_is_for_all_words_in_any_case(http: httpx.Client) -> None:
         text = " ".join((row["type"], row["summary"])).lower()
         assert "resnet" in text
         assert "torchvision" in text
-    assert pages(http, search="VisionTransformer", scope="mmcls")[0]["type"] == "mmpretrain.VisionTransformer"
+    found = [row["type"] for row in pages(http, search="VisionTransformer", scope="mmcls")]
+    assert found == ["mmpretrain.DistilledVisionTransformer", "mmpretrain.VisionTransformer"]
     assert pages(http, search="no such words") == []
 
 
