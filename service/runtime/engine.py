@@ -38,6 +38,7 @@ from service.runtime.model import (
     Weights,
     build_model,
     build_neck,
+    build_plain_neck,
     network_id,
 )
 from service.runtime.plan import (
@@ -164,7 +165,7 @@ class Engine:
             shapes = pooled_shapes(levels, len(batch.infos), prepared.query.pool)
             refuse_reply(shapes, [level.fact.name for level in levels])
         clock.lap("decode")
-        async with self._leased(prepared) as (model, neck):
+        async with self._leased(prepared) as (_, model, neck):
             clock.lap("load")
             async with until(prepared.deadline, late):
                 done = await self._compute(prepared, batch, levels, model, neck)
@@ -243,7 +244,9 @@ class Engine:
     # --- models ---------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def _leased(self, prepared: Prepared) -> AsyncIterator[tuple[LoadedModel, LoadedNeck | None]]:
+    async def _leased(
+        self, prepared: Prepared
+    ) -> AsyncIterator[tuple[Entry[LoadedNetwork], LoadedModel, LoadedNeck | None]]:
         """The networks of a query, loaded if need be; the deadline ends the wait, not the load."""
         plan, weights = prepared.plan, prepared.weights
         build = partial(build_model, plan, weights, self.device)
@@ -252,7 +255,7 @@ class Engine:
             assert isinstance(model, LoadedModel)
             model.refuse_unfilled(plan.levels, plan.weights.pointer if plan.weights else "#/backbone")
             async with self._leased_neck(prepared) as neck:
-                yield model, neck
+                yield entry, model, neck
 
     @asynccontextmanager
     async def _leased_neck(self, prepared: Prepared) -> AsyncIterator[LoadedNeck | None]:
@@ -261,7 +264,7 @@ class Engine:
         if plan is None:
             yield None
         elif not plan.description.parameters:
-            yield build_neck(plan, None, self.device)
+            yield build_plain_neck(plan, self.device)
         else:
             build = partial(build_neck, plan, weights, self.device)
             key = network_id(plan.key, weights)
@@ -298,10 +301,9 @@ class Engine:
         """Load what a config builds and run it once; its entry of `GET /models`, and whether it is new."""
         prepared = await self.prepare(FeatureQuery(backbone, neck=neck, preprocess=preprocess))
         fresh = all(entry.key != prepared.model_id for entry in self.cache)
-        async with self._leased(prepared) as (model, neck):
+        async with self._leased(prepared) as (entry, model, neck):
             if fresh:
                 await self._run_once(prepared, model, neck)
-            [entry] = [entry for entry in self.cache if entry.model is model]
             return model_entry(entry), fresh
 
     async def _run_once(self, prepared: Prepared, model: LoadedModel, neck: LoadedNeck | None) -> None:

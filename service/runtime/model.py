@@ -136,6 +136,15 @@ def build_neck(plan: NeckPlan, weights: Weights | None, device: torch.device) ->
     return LoadedNeck(network_id(plan.key, weights), plan.type, size, device, file, keys, placed)
 
 
+def build_plain_neck(plan: NeckPlan, device: torch.device) -> LoadedNeck:
+    """Build a neck that has no weights. It draws no random numbers and must not seed any.
+
+    The generator is the process's own: a load that is filling a network on another thread would get other numbers.
+    """
+    neck = _placed(plan.family.build(plan.config, plan.inputs), device)
+    return LoadedNeck(network_id(plan.key, None), plan.type, 0, device, None, LoadedKeys(0), neck)
+
+
 def has_neck(state: StateDict) -> bool:
     """Whether a checkpoint holds a neck where OpenMMLab's detectors and classifiers have it."""
     return any(name.startswith(NECK_PREFIX) for name in state)

@@ -172,6 +172,23 @@ def test_a_model_in_use_is_unloaded_with_its_last_user(serve: Serve, clients: Th
     assert service.http.delete(f"/models/{model_id}").status_code == 404
 
 
+def test_a_model_unloaded_while_it_is_warmed_up_is_still_answered(
+    serve: Serve, clients: ThreadPoolExecutor
+) -> None:
+    service = serve()
+    assert ask(service, RESNET18).status_code == 200
+    with held_device(service) as held:
+        running = clients.submit(ask, service, RESNET18)
+        assert held.wait(30)
+        warming = clients.submit(service.http.post, "/models", json={"backbone": {**RESNET18, "depth": 34}})
+        wait_for_queue(service, 1)
+        [fresh] = [entry.key for entry in service.engine.cache if entry.leases and entry.hits == 1]
+        assert service.http.delete(f"/models/{fresh}").status_code == 202
+    assert running.result(60).status_code == 200
+    assert warming.result(60).status_code == 201
+    assert warming.result().json()["id"] == fresh
+
+
 def test_a_model_is_loaded_ahead_and_listed(serve: Serve) -> None:
     service = serve()
     loaded = service.http.post("/models", json={"backbone": "resnet50_c5"})
