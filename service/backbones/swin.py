@@ -249,6 +249,17 @@ class Block(nn.Module):
         return mixed
 
 
+def fours(maps: Tensor) -> Tensor:
+    """Every 2x2 patches side by side: [n, h, w, c] to [n, ceil(h / 2), ceil(w / 2), 4c], zeros past the border.
+
+    The channels of the four lie channel by channel, as `nn.Unfold` puts them.
+    """
+    padded = F.pad(maps, (0, 0, 0, maps.shape[2] % 2, 0, maps.shape[1] % 2))
+    n, height, width, channels = padded.shape
+    cut = padded.reshape(n, height // 2, 2, width // 2, 2, channels)
+    return cut.permute(0, 1, 3, 5, 2, 4).flatten(3)
+
+
 class PatchMerging(nn.Module):
     """Four neighbours become one position of twice the width; keys `norm`, `reduction`.
 
@@ -262,10 +273,7 @@ class PatchMerging(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """[n, h, w, c] to [n, ceil(h / 2), ceil(w / 2), 2c]."""
-        padded = F.pad(maps, (0, 0, 0, maps.shape[2] % 2, 0, maps.shape[1] % 2))
-        n, height, width, channels = padded.shape
-        cut = padded.reshape(n, height // 2, 2, width // 2, 2, channels).permute(0, 1, 3, 5, 2, 4)
-        merged: Tensor = self.reduction(self.norm(cut.flatten(3)))
+        merged: Tensor = self.reduction(self.norm(fours(maps)))
         return merged
 
 

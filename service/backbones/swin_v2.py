@@ -27,6 +27,7 @@ from service.backbones.swin import (
     SwinSpec,
     SwinTransformer,
     Width,
+    fours,
     relative_position_index,
     stage_faults,
 )
@@ -205,10 +206,7 @@ class PatchMerging(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """[n, h, w, c] to [n, ceil(h / 2), ceil(w / 2), 2c]."""
-        padded = F.pad(maps, (0, 0, 0, maps.shape[2] % 2, 0, maps.shape[1] % 2))
-        n, height, width, channels = padded.shape
-        cut = padded.reshape(n, height // 2, 2, width // 2, 2, channels).permute(0, 1, 3, 5, 2, 4)
-        merged: Tensor = self.norm(self.reduction(cut.flatten(3)))
+        merged: Tensor = self.norm(self.reduction(fours(maps)))
         return merged
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Literal, NamedTuple
@@ -406,15 +406,17 @@ class StagedConfig(OpenMMLabConfig):
             yield "frozen_stages", f"{self.frozen_stages} is more than the {len(spec.widths) - 1} stages"
         if (fault := self.norm_cfg.fault()) is not None:
             yield "norm_cfg/num_groups", fault
-        if self.norm_cfg.type == "GN" and not self._groups_divide():
+        if self.norm_cfg.type == "GN" and not groups_divide(self.network):
             yield "norm_cfg/num_groups", f"{self.norm_cfg.num_groups} groups do not divide every width"
 
-    def _groups_divide(self) -> bool:
-        try:
-            building.on_meta(self.network)
-        except ValueError:  # what torch's group norm raises
-            return False
-        return True
+
+def groups_divide(make: Callable[[], nn.Module]) -> bool:
+    """Whether the group norms of the network that `make` builds divide their channels; builds it on meta."""
+    try:
+        building.on_meta(make)
+    except ValueError:  # what torch's group norm raises
+        return False
+    return True
 
 
 class YoloConfig(StagedConfig):

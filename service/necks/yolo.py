@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from service.backbones import building
 from service.backbones.csp_darknet import SplitLayer
 from service.backbones.norms import NormConfig
 from service.backbones.openmmlab import ActivationConfig
@@ -29,6 +28,7 @@ from service.backbones.yolo import (
     cspnext_block,
     darknet_block,
     deepened,
+    groups_divide,
     rounded_up,
 )
 from service.necks.base import LevelFacts, Neck, require_maps
@@ -309,15 +309,8 @@ class YoloNeckConfig(OpenMMLabNeckConfig):
             yield "in_channels", "leaves a layer without channels"
         if (fault := self.norm_cfg.fault()) is not None:
             yield "norm_cfg/num_groups", fault
-        elif self.norm_cfg.type == "GN" and not self._groups_divide():
+        elif self.norm_cfg.type == "GN" and not groups_divide(self.network):
             yield "norm_cfg/num_groups", f"{self.norm_cfg.num_groups} groups do not divide every width"
-
-    def _groups_divide(self) -> bool:
-        try:
-            building.on_meta(self.network)
-        except ValueError:  # what torch's group norm raises
-            return False
-        return True
 
 
 class FactoredConfig(YoloNeckConfig):
