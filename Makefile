@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format bench tables
+.PHONY: help serve test lint format bench tables docs
 
 help:  ## say what each target does
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -38,3 +38,6 @@ bench: $(STAMP)  ## measure the service beside what a user would pick instead
 
 tables: $(STAMP)  ## measure every shipped architecture again (about ten minutes)
 	$(BIN)/python -m service.backbones.make_tables
+
+docs: $(STAMP)  ## write docs/backbones.md; ARGS=--measure computes every parity pack again (minutes)
+	$(BIN)/python -m tests.parity.document $(ARGS)

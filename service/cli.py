@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -16,6 +17,7 @@ from service.settings import Settings
 from service.version import service_version
 
 log = logging.getLogger("service.cli")
+SHOWN_NAMES = 8
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,6 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_serve(commands)
     _add_inspect(commands)
+    _add_convert(commands)
     return parser
 
 
@@ -201,6 +204,66 @@ def _json_or_word(text: str | None) -> Any:
     if text is None or not text.lstrip().startswith(("{", "[", '"')):
         return text
     return orjson.loads(text)
+
+
+# --- convert ------------------------------------------------------------------------------------
+
+
+def _add_convert(commands: Any) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="rename the weights of a checkpoint file",
+        description="Write a checkpoint by the names that another library has for the same network: mmpretrain, "
+        "mmdet, mmselfsup, timm, torchvision, detectron2, official (the code of the network's paper). Tensors are "
+        "reordered where the libraries keep them in different orders. Nothing that a file names is run.",
+    )
+    convert.add_argument("input", help="a .pth, .pt, .safetensors, .pkl, … file")
+    convert.add_argument("output", help="a .safetensors file, or .pth")
+    convert.add_argument("--to", required=True, metavar="LIBRARY", help="whose names to write")
+    convert.add_argument(
+        "--from", dest="source", metavar="LIBRARY", help="whose names the input has (default: found out)"
+    )
+    convert.add_argument(
+        "--prefix", default="", help="put before every name written: backbone. (default: nothing)"
+    )
+    convert.add_argument("--overwrite", action="store_true", help="replace the output if it is there")
+    convert.set_defaults(run=_convert)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from service.backbones.conversion import convert_file, libraries
+    from service.errors import ServiceError
+
+    for flag, library in (("--to", options.to), ("--from", options.source)):
+        if library is not None and library not in libraries():
+            return _fail(f"{flag}: {library!r} is none of {', '.join(libraries())}", 2)
+    try:
+        done = convert_file(
+            Path(options.input),
+            Path(options.output),
+            options.to,
+            source=options.source,
+            prefix=options.prefix,
+            overwrite=options.overwrite,
+        )
+    except ServiceError as error:
+        return _fail(error.detail.removeprefix("#/input: ").removeprefix("#/output: "), 1)
+    except OSError as error:
+        return _fail(f"{options.output}: {error.strerror}", 1)
+    below = f" below {done.prefix!r}" if done.prefix else ""
+    written = (
+        f"{done.kind}: {len(done.renamed.state)} tensors from {done.source}'s names{below} to {done.target}'s"
+    )
+    print(written + _left_out(done.renamed.left))
+    return 0
+
+
+def _left_out(names: Sequence[str]) -> str:
+    """What has no counterpart, for the last part of a line."""
+    if not names:
+        return ""
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return f"; left out: {', '.join(names[:SHOWN_NAMES])}{more}"
 
 
 if __name__ == "__main__":

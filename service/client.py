@@ -23,6 +23,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT_S = 60.0
 
 Config = Mapping[str, Any] | str
+Necks = Config | Sequence[Config]  # one, or one behind the other
 Image = Path | str | bytes
 FilePart = tuple[str, tuple[str, bytes] | tuple[str, bytes, str]]
 
@@ -80,7 +81,7 @@ class FeatureOptions:
     """The keys of `POST /features` beside the images; what is None is the service's default."""
 
     backbone: Config
-    neck: Config | None = None
+    neck: Necks | None = None
     preprocess: Config | None = None
     precision: str | None = None
     returns: str | None = None
@@ -141,12 +142,12 @@ def _backbones(search: str | None, scope: str | None, limit: int | None, cursor:
     return Call("GET", "/backbones", params=params)
 
 
-def _inspect(backbone: Config, neck: Config | None, input_size: tuple[int, int] | None) -> Call:
+def _inspect(backbone: Config, neck: Necks | None, input_size: tuple[int, int] | None) -> Call:
     size = list(input_size) if input_size is not None else None
     return Call("POST", "/backbones/inspect", body=_given(backbone=backbone, neck=neck, input_size=size))
 
 
-def _load(backbone: Config, neck: Config | None, preprocess: Config | None) -> Call:
+def _load(backbone: Config, neck: Necks | None, preprocess: Config | None) -> Call:
     return Call("POST", "/models", body=_given(backbone=backbone, neck=neck, preprocess=preprocess))
 
 
@@ -249,7 +250,7 @@ class BackboneClient:
         *,
         backbone: Config,
         tensor: FloatArray | None = None,
-        neck: Config | None = None,
+        neck: Necks | None = None,
         preprocess: Config | None = None,
         precision: str | None = None,
         returns: str | None = None,
@@ -290,7 +291,7 @@ class BackboneClient:
         self,
         backbone: Config,
         *,
-        neck: Config | None = None,
+        neck: Necks | None = None,
         input_size: tuple[int, int] | None = None,
     ) -> dict[str, Any]:
         """The levels and the size of a model that is not built; `input_size` is [height, width] in pixels."""
@@ -309,7 +310,7 @@ class BackboneClient:
         return _document(self._send(Call("GET", "/models")))
 
     def load(
-        self, backbone: Config, *, neck: Config | None = None, preprocess: Config | None = None
+        self, backbone: Config, *, neck: Necks | None = None, preprocess: Config | None = None
     ) -> dict[str, Any]:
         """Load a model ahead of its first image; needs an admin key where keys are set."""
         return _document(self._send(_load(backbone, neck, preprocess)))
@@ -367,7 +368,7 @@ class AsyncBackboneClient:
         *,
         backbone: Config,
         tensor: FloatArray | None = None,
-        neck: Config | None = None,
+        neck: Necks | None = None,
         preprocess: Config | None = None,
         precision: str | None = None,
         returns: str | None = None,
@@ -403,7 +404,7 @@ class AsyncBackboneClient:
         self,
         backbone: Config,
         *,
-        neck: Config | None = None,
+        neck: Necks | None = None,
         input_size: tuple[int, int] | None = None,
     ) -> dict[str, Any]:
         """As `BackboneClient.inspect`."""
@@ -422,7 +423,7 @@ class AsyncBackboneClient:
         return _document(await self._send(Call("GET", "/models")))
 
     async def load(
-        self, backbone: Config, *, neck: Config | None = None, preprocess: Config | None = None
+        self, backbone: Config, *, neck: Necks | None = None, preprocess: Config | None = None
     ) -> dict[str, Any]:
         """As `BackboneClient.load`."""
         return _document(await self._send(_load(backbone, neck, preprocess)))

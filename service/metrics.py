@@ -43,6 +43,12 @@ class Metrics:
             "backbone_model_budget_bytes", "Bytes models may take.", registry=self.registry
         )
         self.evictions = Gauge("backbone_model_evictions", "Models evicted.", registry=self.registry)
+        self.downloads = Gauge(
+            "backbone_checkpoint_downloads", "Checkpoints being downloaded.", registry=self.registry
+        )
+        self.fetched_bytes = Gauge(
+            "backbone_checkpoint_fetched_bytes", "Bytes of checkpoints downloaded.", registry=self.registry
+        )
         self.loads = Counter("backbone_model_loads", "Loads by outcome.", ["outcome"], registry=self.registry)
 
     def text(self) -> bytes:

@@ -33,6 +33,11 @@ async def get_config(
         Path(description="a name of `GET /configs`", openapi_examples={"named": {"value": "resnet50_c5"}}),
     ],
 ) -> Response:
-    """The config as its file has it, and as it is with its bases merged in."""
+    """The config as its file has it (Python as text), and as it is with its bases merged in.
+
+    Of an OpenMMLab model's whole config that is its backbone, neck and preprocessing; `notes` say what is done
+    differently here.
+    """
     config = await asyncio.to_thread(engine_of(request).planner.catalogue.load, name)
-    return json_reply({"name": config.name, "as_written": config.as_written, "resolved": config.resolved()})
+    shown = {"name": config.name, "as_written": config.as_written, "resolved": config.resolved()}
+    return json_reply({**shown, "notes": list(config.notes)} if config.notes else shown)

@@ -24,7 +24,7 @@ router = APIRouter(tags=["models"])
     response_class=Response,
 )
 async def get_models(request: Request) -> Response:
-    """What is loaded, what it takes and when it was last used; the budget; loads under way."""
+    """What is loaded, what it takes and when it was last used; downloads and loads under way; the budget."""
     return json_reply(engine_of(request).model_list())
 
 

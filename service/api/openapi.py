@@ -69,11 +69,14 @@ BACKBONE: Spec = {
         {"type": "string", "maxLength": 256},
     ],
 }
-NECK: Spec = {
-    "description": 'A neck config, such as `{"type": "GlobalAveragePooling"}`.',
+ONE_NECK: Spec = {
     "type": "object",
     "required": ["type"],
     "properties": {"type": {"type": "string", "maxLength": 128}},
+}
+NECK: Spec = {
+    "description": 'A neck config, such as `{"type": "GlobalAveragePooling"}`, or a list: one behind the other.',
+    "oneOf": [ONE_NECK, {"type": "array", "items": ONE_NECK, "minItems": 1, "maxItems": 4}],
 }
 PREPROCESS: Spec = {
     "description": "How images become tensors: a mode (`crop`, `resize`, `native`), or an object with `mode`, `size`, "
@@ -286,6 +289,7 @@ TYPE_EXAMPLE = {
     **ROW_EXAMPLE,
     "schema": {"type": "object", "properties": {"out_indices": {"type": "array"}}},
     "architectures": ["resnet18"],
+    "checkpoint_layouts": ["timm"],
     "indices": {"permitted": [0, 1, 2, 3, 4], "default": [0, 1, 2, 3, 4]},
     "example": {"type": "timm.resnet18", "out_indices": [1, 2, 3, 4]},
 }
@@ -330,9 +334,20 @@ CONFIGS_REPLY: Responses = {
 }
 CONFIG_REPLY: Responses = {200: json_content("The config.", CONFIG_EXAMPLE), **problems(*WHO, 404, 422)}
 BUDGET_EXAMPLE = {"bytes": 4000000000, "used": 44744608, "device": "cpu"}
+LOADING_EXAMPLE = {
+    "id": None,
+    "type": "detectron2.build_resnet_backbone",
+    "state": "downloading",
+    "checkpoint": "detectron2://ImageNetPretrained/MSRA/R-50.pkl",
+    "received": 41943040,
+    "total": 102502400,
+    "started": 1767225600.0,
+}
 MODELS_REPLY: Responses = {
     200: json_content(
-        "What is in memory.", {"models": [MODEL_EXAMPLE], "loading": [], "budget": BUDGET_EXAMPLE}
+        "What is in memory, and what is on its way: `queued` and `downloading` (bytes received, of the total if it is "
+        "known), then `loading`.",
+        {"models": [MODEL_EXAMPLE], "loading": [LOADING_EXAMPLE], "budget": BUDGET_EXAMPLE},
     ),
     **problems(*WHO),
 }
@@ -367,7 +382,7 @@ METRICS_REPLY: Responses = {
 VERSION_REPLY: Responses = {200: json_content("Versions.", VERSION_EXAMPLE), **problems(*WHO)}
 FEATURES_REPLY: Responses = {
     200: {
-        "description": "Levels in the order asked. Binary replies carry the same description as metadata.",
+        "description": "Levels in the order of their library. Binary replies carry the same description as metadata.",
         "headers": {
             "ETag": {"schema": {"type": "string"}, "description": "send it as If-None-Match"},
             "X-Model-ID": {"schema": {"type": "string"}},

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from service.backbones.base import Backbone
 from service.backbones.freezing import freeze_report
 from service.backbones.openmmlab import SharedConfig, make_family
+from service.checkpoints.layouts import Naming
 from service.config.spec import Description, FeatureInfo, Freeze, FreezeReport, Level, PreprocessDefaults
 from service.errors import InvalidConfig
 
@@ -147,5 +148,18 @@ class AlexNetConfig(ClassicConfig):
         return PreprocessDefaults(size=(224, 224))
 
 
+ALEXNET_NAMES = Naming(
+    "AlexNet",
+    own=("mmpretrain", "torchvision"),
+    marks=(
+        "features.0.weight",
+        "features.3.weight",
+        "features.6.weight",
+        "features.8.weight",
+        "features.10.weight",
+    ),
+)
+
+
 LENET5 = make_family(LeNet5Config, LeNet5, example={"num_classes": -1})
-ALEXNET = make_family(AlexNetConfig, AlexNet, example={"num_classes": -1})
+ALEXNET = make_family(AlexNetConfig, AlexNet, naming=ALEXNET_NAMES, example={"num_classes": -1})

@@ -34,6 +34,7 @@ from service.errors import InvalidConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from service.checkpoints.layouts import Naming
     from service.checkpoints.read import StateDict
 
 MAX_INDICES = 64
@@ -60,21 +61,24 @@ class PretrainedInit(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     type: Literal["Pretrained"]
-    checkpoint: CheckpointName
+    checkpoint: Annotated[str, Field(max_length=512)]
     prefix: Annotated[str, Field(max_length=256)] | None = None
     map_location: Literal["cpu"] | None = None
 
 
 LayerNames = tuple[Annotated[str, Field(max_length=64)], ...]
 InitNumber = Annotated[float, Field(ge=-1e6, le=1e6)]
+# those that torch knows the gain of
+Nonlinearity = Literal[
+    "relu", "leaky_relu", "linear", "sigmoid", "tanh", "selu", "conv1d", "conv2d", "conv3d"
+]
 
 
-class InitRule(BaseModel):
-    """One rule of an OpenMMLab initialiser: which distribution, on which layers."""
+class InitNumbers(BaseModel):
+    """Which layers an OpenMMLab initialiser is for, and the numbers of its distribution."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    type: Literal["Constant", "Xavier", "Normal", "TruncNormal", "Uniform", "Kaiming", "Caffe2Xavier"]
     layer: Annotated[str, Field(max_length=64)] | Annotated[LayerNames, Field(max_length=16)] | None = None
     name: Annotated[str, Field(max_length=128)] | None = None
     val: InitNumber | None = None
@@ -86,21 +90,37 @@ class InitRule(BaseModel):
     a: InitNumber | None = None
     b: InitNumber | None = None
     mode: Literal["fan_in", "fan_out"] | None = None
-    nonlinearity: Literal["relu", "leaky_relu"] | None = None
+    nonlinearity: Nonlinearity | None = None
     distribution: Literal["normal", "uniform"] | None = None
 
 
-class RandomInit(InitRule):
+InitKind = Literal["Constant", "Xavier", "Normal", "TruncNormal", "Uniform", "Kaiming", "Caffe2Xavier"]
+
+
+class InitOverride(InitNumbers):
+    """What an initialiser does otherwise in the module of this name; without a type, by its own distribution."""
+
+    type: InitKind | None = None
+
+
+class RandomInit(InitNumbers):
     """One of OpenMMLab's initialisers (`dict(type='Kaiming', layer=['Conv2d'])`), as public configs have them.
 
     It says how training starts. It is accepted and means "no checkpoint"; random weights here come from the
     family's own initialisation.
     """
 
-    override: InitRule | Annotated[tuple[InitRule, ...], Field(max_length=16)] | None = None
+    type: InitKind
+    override: InitOverride | Annotated[tuple[InitOverride, ...], Field(max_length=16)] | None = None
 
 
 OneInit = Annotated[PretrainedInit | RandomInit, Field(discriminator="type")]
+
+
+def _pretrained_unsaid(value: Any) -> Any:
+    """PVT's configs name a checkpoint and no type, which the library reads as a checkpoint."""
+    names_one = isinstance(value, Mapping) and "checkpoint" in value and "type" not in value
+    return {"type": "Pretrained", **value} if names_one else value
 
 
 def _one_or_many(value: Any) -> str:
@@ -111,6 +131,7 @@ def _one_or_many(value: Any) -> str:
 InitConfig = Annotated[
     Annotated[OneInit, Tag("dict")] | Annotated[tuple[OneInit, ...], Field(max_length=16), Tag("list")],
     Discriminator(_one_or_many),
+    BeforeValidator(_pretrained_unsaid),
 ]
 
 
@@ -134,6 +155,11 @@ def pretrained_ref(
         for place, init in places
         if isinstance(init, PretrainedInit)
     ]
+    for ref in refs:
+        if not ref.name:
+            raise InvalidConfig(
+                ref.pointer, "is empty: public configs leave it so for their users to fill in"
+            )
     if checkpoint is not None and init_cfg is not None:
         raise InvalidConfig(f"{pointer}/checkpoint", "give init_cfg or checkpoint, not both")
     if checkpoint is not None:
@@ -203,6 +229,16 @@ class BackboneConfig(NetworkConfig):
         """Why a published checkpoint of this name would fit and yet compute something else; None if it does not."""
         return None
 
+    def misfits(self, library: str, checkpoint: str, state: StateDict) -> str | None:  # noqa: ARG002 - as above
+        """Why a file with these tensors fits and yet computes something else; None if it does not, or nobody can tell.
+
+        Args:
+            library: whose names it has, empty where they are the network's own.
+            checkpoint: its name.
+            state: as read from the file.
+        """
+        return None
+
     def freeze(self) -> Freeze:
         """What the config freezes."""
         return Freeze()
@@ -212,7 +248,7 @@ class BackboneConfig(NetworkConfig):
         return PreprocessDefaults()
 
     def levels(self, description: Description) -> tuple[Level, ...]:
-        """The levels to return, in the order asked.
+        """The levels to return: those of `strides` in their order, others in the order of their library.
 
         Raises:
             InvalidConfig: an index or a stride that the backbone has not.
@@ -227,9 +263,17 @@ class BackboneConfig(NetworkConfig):
 
 
 def levels_by_index(
-    indices: Sequence[int], features: Sequence[FeatureInfo], *, pointer: str = "#/backbone/out_indices"
+    indices: Sequence[int],
+    features: Sequence[FeatureInfo],
+    *,
+    pointer: str = "#/backbone/out_indices",
+    as_asked: bool = False,
 ) -> tuple[Level, ...]:
-    """Levels for feature indices in the order asked; a negative index counts from the end."""
+    """Levels for feature indices; a negative index counts from the end.
+
+    They come shallow to deep, as OpenMMLab's and detrex's networks return them in whatever order they are asked for;
+    or `as_asked`, in the order of the indices.
+    """
     known = {feature.index: feature for feature in features}
     count = max(known) + 1
     levels = []
@@ -239,7 +283,7 @@ def levels_by_index(
             raise InvalidConfig(f"{pointer}/{position}", f"{index} is not an index of 0 to {count - 1}")
         levels.append(Level(feature.index, str(feature.index), feature.node))
     _refuse_twice([level.index for level in levels], pointer)
-    return tuple(levels)
+    return tuple(levels if as_asked else sorted(levels, key=lambda level: level.index))
 
 
 def levels_by_stride(strides: Sequence[int], features: Sequence[FeatureInfo]) -> tuple[Level, ...]:
@@ -286,6 +330,10 @@ class Backbone(nn.Module):
     def frozen(self, freeze: Freeze) -> FreezeReport:
         """What `freeze` freezes of this network, by the rule of its library (parameter names as in checkpoints)."""
 
+    def checkpoint_entries(self) -> Mapping[str, Tensor]:
+        """The weights by the names that checkpoints of the network's library have for them."""
+        return self.state_dict()
+
     def needs(self, node: str) -> frozenset[str]:  # noqa: ARG002 - a family that can tell overrides this
         """Names of the weights that a node depends on; all of them, unless the family knows better."""
         return frozenset(self.state_dict())
@@ -312,6 +360,8 @@ class Family(Generic[C]):
         load: the network with a checkpoint's tensors in it, strictly (see `service.checkpoints.load`).
         example: a config of the type given that works as it stands, for the documentation.
         architectures: the named architectures of the type given (`arch`, `depth`, …), for the documentation.
+        naming: the names of its weights in other libraries, whose files are loaded too.
+        library: whose names `load` takes: one of `naming`'s, or of any network's; its own where it is empty.
     """
 
     config: type[C]
@@ -320,3 +370,5 @@ class Family(Generic[C]):
     load: Callable[[C, StateDict, WeightsRef], tuple[Backbone, LoadedKeys]]
     example: Callable[[str], Mapping[str, Any]]
     architectures: Callable[[str], Sequence[str]] = _no_names
+    naming: Naming | None = None
+    library: str = ""

@@ -15,13 +15,17 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from service.backbones.norms import make_norm
-from service.backbones.openmmlab import Computed, Scale
+from service.backbones.openmmlab import Computed, OneForAll, Scale
+from service.backbones.position_tables import fit_tables, resize_progression
 from service.backbones.vision_transformer import (
     SIZES,
+    WITH_CLS_TOKEN,
     ArchConfig,
     FeedForward,
     FreezableTransformerConfig,
+    OutputKind,
     OutType,
+    PlainLayerConfig,
     Size,
     VisionTransformer,
     VisionTransformerSpec,
@@ -39,6 +43,8 @@ ARCHS: dict[str, Size] = {
 }
 # Every layer holds an index of the square of the patches.
 MAX_RELATIVE_PATCHES = 1024
+# offsets between the class token and patches, which end a table
+CLASS_OFFSETS = 3
 Bias = Literal["none", "qv", "qkv"]
 
 
@@ -218,7 +224,7 @@ class BEiT(VisionTransformer):
             tokens = before(self.cls_token, tokens)
         return tokens + self.positions(grid) if spec.absolute else tokens, grid
 
-    def run_layer(self, index: int, tokens: Tensor) -> Tensor:
+    def run_layer(self, index: int, tokens: Tensor, grid: tuple[int, int]) -> Tensor:  # noqa: ARG002 - one fits
         """[n, l, c] to [n, l, c]."""
         shared = None if self.rel_pos_bias is None else self.rel_pos_bias.biases().to(tokens.dtype)
         mixed: Tensor = self.layers[index](tokens, shared)
@@ -230,8 +236,14 @@ class BEiT(VisionTransformer):
 BIASES: dict[bool | str, Bias] = {True: "qkv", False: "none", "qv_bias": "qv"}
 
 
+class BEiTLayerConfig(PlainLayerConfig):
+    """What `layer_cfgs` may change of every layer."""
+
+    bias: bool | Literal["qv_bias"] | None = Field(None, description="Goes before the type's own `bias`.")
+
+
 class BEiTConfig(FreezableTransformerConfig):
-    """`mmpretrain.BEiTViT`: images of `img_size` only, unless it has no relative positions."""
+    """`mmpretrain.BEiTViT`, which was `mmcls.BEiT`: images of `img_size` only, unless it has no relative positions."""
 
     NETWORK: ClassVar[str] = "BEiTViT"
     ARCHS: ClassVar[dict[str, Size]] = ARCHS
@@ -243,6 +255,12 @@ class BEiTConfig(FreezableTransformerConfig):
     bias: bool | Literal["qv_bias"] = Field("qv_bias", description="qv_bias leaves out that of the key.")
     final_norm: bool = False
     out_type: OutType | None = Field(None, description="null is avg_featmap.")
+    avg_token: bool | None = Field(
+        None,
+        description="mmcls.BEiT: whether the normed mean of the patches is returned (true, unless said otherwise) or "
+        "their map; with output_cls_token, the class token too.",
+    )
+    layer_cfgs: Annotated[BEiTLayerConfig, OneForAll] = BEiTLayerConfig()
     use_abs_pos_emb: bool = False
     use_rel_pos_bias: bool = Field(True, description="Biases of relative position in each layer.")
     use_shared_rel_pos_bias: bool = Field(False, description="Biases of relative position that layers share.")
@@ -251,6 +269,10 @@ class BEiTConfig(FreezableTransformerConfig):
     def faults(self) -> Iterator[tuple[str, str]]:
         """What each key allows alone but the network does not, as (key, detail)."""
         yield from super().faults()
+        if self.avg_token is not None and self.out_type is not None:
+            yield "avg_token", "is mmcls's older spelling of out_type; give one of them"
+        if self._is_spelled_as_mmcls() and not self.with_cls_token:
+            yield "with_cls_token", "must be true where the outputs are spelled as mmcls does"
         if self.use_rel_pos_bias and self.use_shared_rel_pos_bias:
             yield "use_shared_rel_pos_bias", "is instead of use_rel_pos_bias; set that to false"
         if not (self.use_rel_pos_bias or self.use_shared_rel_pos_bias):
@@ -262,6 +284,16 @@ class BEiTConfig(FreezableTransformerConfig):
             detail = f"{rows * columns} patches with relative positions; the limit is {MAX_RELATIVE_PATCHES}"
             yield "img_size", detail
 
+    def _is_spelled_as_mmcls(self) -> bool:
+        return self.avg_token is not None or self.output_cls_token is not None
+
+    def outputs(self) -> tuple[tuple[str, OutputKind], ...]:
+        """What each index returns, as (suffix of the level's name, kind of node)."""
+        if not self._is_spelled_as_mmcls():
+            return super().outputs()
+        patches: OutputKind = "featmap" if self.avg_token is False else "avg_featmap"
+        return (("", patches), *WITH_CLS_TOKEN[1:]) if self.output_cls_token else (("", patches),)
+
     def given_out_type(self) -> OutType:
         """`out_type`, or what a null is."""
         return self.out_type or "avg_featmap"
@@ -269,7 +301,7 @@ class BEiTConfig(FreezableTransformerConfig):
     def spec(self) -> BEiTSpec:
         """The neutral spelling."""
         own = {
-            "bias": BIASES[self.bias],
+            "bias": BIASES[self.bias if self.layer_cfgs.bias is None else self.layer_cfgs.bias],
             "absolute": self.use_abs_pos_emb,
             "relative": self.use_rel_pos_bias,
             "shared": self.use_shared_rel_pos_bias,
@@ -294,9 +326,16 @@ def expand_shared(config: BEiTConfig, state: StateDict) -> StateDict:
     return kept | {f"{prefix}layers.{layer}.{name}": state[table] for layer in layers}
 
 
+def fit_positions(config: BEiTConfig, state: StateDict) -> StateDict:
+    """`state` with its biases of position in each layer and of the config's grid, as mmpretrain does at load."""
+    rows, columns = config.grid()
+    entries = (2 * rows - 1) * (2 * columns - 1) + CLASS_OFFSETS
+    return fit_tables(expand_shared(config, state), entries, resize_progression, extra=CLASS_OFFSETS)
+
+
 BEIT = make_transformer_family(
     BEiTConfig,
     BEiT,
     example={"arch": "deit-tiny", "out_type": "featmap", "out_indices": [2, 5, 8, 11]},
-    adapt=expand_shared,
+    adapt=fit_positions,
 )

@@ -48,6 +48,9 @@ class _ShapesOnly(TorchFunctionMode):
     LAYOUTS: ClassVar[Mapping[Any, torch.memory_format]] = {
         nn.functional.batch_norm: torch.preserve_format,
         nn.functional.gelu: torch.preserve_format,
+        nn.functional.relu: torch.preserve_format,
+        nn.functional.group_norm: torch.contiguous_format,
+        torch.group_norm: torch.contiguous_format,
         nn.functional.layer_norm: torch.contiguous_format,
     }
 

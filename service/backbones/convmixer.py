@@ -24,6 +24,8 @@ from service.backbones.openmmlab import (
     named_arch,
     norm_fault,
 )
+from service.checkpoints.layouts import KeyLayout, Naming, rules
+from service.checkpoints.read import StateDict
 from service.config.spec import FeatureInfo, Freeze, FreezeReport
 
 
@@ -114,6 +116,9 @@ class ConvMixer(Backbone):
 # --- mmpretrain.ConvMixer = mmcls.ConvMixer -------------------------------------------------------
 
 
+RELU_WIDTH = 768  # of timm's convmixer_768_32
+
+
 class ConvMixerConfig(OpenMMLabConfig):
     """`mmpretrain.ConvMixer`, which is also `mmcls.ConvMixer`."""
 
@@ -142,6 +147,13 @@ class ConvMixerConfig(OpenMMLabConfig):
         """`arch` spelled out."""
         return ARCHS[self.arch] if isinstance(self.arch, str) else self.arch
 
+    def misfits(self, library: str, checkpoint: str, state: StateDict) -> str | None:  # noqa: ARG002 - the width tells
+        """timm's smaller network has another activation than OpenMMLab's by default."""
+        theirs = "ReLU" if self.plan().embed_dims == RELU_WIDTH else "GELU"
+        if library != "timm" or self.act_cfg.type == theirs:
+            return None
+        return f"timm's ConvMixer of {self.plan().embed_dims} channels has {theirs}; set act_cfg to it"
+
     def spec(self) -> ConvMixerSpec:
         """The neutral spelling."""
         arch, norm, act = self.plan(), self.norm_cfg.spec(), self.act_cfg.spec()
@@ -149,4 +161,14 @@ class ConvMixerConfig(OpenMMLabConfig):
         return ConvMixerSpec(*shape, norm, act, self.in_channels)
 
 
-CONVMIXER = make_family(ConvMixerConfig, ConvMixer, example={"arch": "768/32"}, architectures=tuple(ARCHS))
+CONVMIXER_NAMES = Naming(
+    "ConvMixer",
+    own=("mmpretrain",),
+    marks=("stem.0.weight", "stages.0.0.fn.0.weight"),
+    layouts=(KeyLayout("timm", rules({"stages.{rest}": "blocks.{rest}", "stem.{rest}": "stem.{rest}"})),),
+)
+
+
+CONVMIXER = make_family(
+    ConvMixerConfig, ConvMixer, naming=CONVMIXER_NAMES, example={"arch": "768/32"}, architectures=tuple(ARCHS)
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -25,6 +25,7 @@ from service.backbones.openmmlab import (
     named_arch,
 )
 from service.backbones.output_norms import asked_stages, may_lack_output_norms, without_output_norms
+from service.checkpoints.layouts import Change, KeyLayout, Naming, rules
 from service.config.spec import FeatureInfo, Freeze, FreezeReport
 
 if TYPE_CHECKING:
@@ -115,18 +116,21 @@ class Pointwise(nn.Conv2d):
 
 
 class Block(Scale):
-    """Filter each channel, norm, widen, project; keys `depthwise_conv`, `norm`, `pointwise_conv1`, …, `gamma`."""
+    """Filter each channel, norm, widen, project; keys `gamma`, `norm`, `grn` and those of `CONVOLUTIONS`."""
 
-    def __init__(self, spec: ConvNeXtSpec, width: int) -> None:
+    CONVOLUTIONS: ClassVar[tuple[str, str, str]] = ("depthwise_conv", "pointwise_conv1", "pointwise_conv2")
+
+    def __init__(self, spec: ConvNeXtSpec, width: int, kernel: int = 7) -> None:
         super().__init__()
+        filtering, widening, narrowing = self.CONVOLUTIONS
         self.initial = spec.layer_scale
         self.gamma = nn.Parameter(torch.empty(width)) if spec.layer_scale > 0 else None
-        self.depthwise_conv = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.add_module(filtering, nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width))
         self.norm = nn.LayerNorm(width, eps=spec.eps)
-        self.pointwise_conv1 = _pointwise(spec, width, 4 * width)
+        self.add_module(widening, _pointwise(spec, width, 4 * width))
         self.act = make_activation(spec.activation)
+        self.add_module(narrowing, _pointwise(spec, 4 * width, width))
         self.grn = GlobalResponseNorm(4 * width) if spec.response_norm else nn.Identity()
-        self.pointwise_conv2 = _pointwise(spec, 4 * width, width)
 
     def start(self) -> None:
         """The residual branch begins at the configured scale."""
@@ -135,8 +139,9 @@ class Block(Scale):
 
     def forward(self, maps: Tensor) -> Tensor:
         """[n, c, h, w] to the same shape."""
-        mixed = self.norm(self.depthwise_conv(maps).permute(0, 2, 3, 1))
-        mixed = self.pointwise_conv2(self.grn(self.act(self.pointwise_conv1(mixed))))
+        filter_each, widen, narrow = (getattr(self, name) for name in self.CONVOLUTIONS)
+        mixed = self.norm(filter_each(maps).permute(0, 2, 3, 1))
+        mixed = narrow(self.grn(self.act(widen(mixed))))
         mixed = mixed if self.gamma is None else mixed * self.gamma
         residual: Tensor = maps + mixed.permute(0, 3, 1, 2)
         return residual
@@ -158,27 +163,39 @@ def _downsample(spec: ConvNeXtSpec, stage: int) -> nn.Sequential:
 class ConvNeXt(Backbone):
     """Stages that each end in a norm of their own, where they are asked for."""
 
+    BLOCK: ClassVar[type[Block]] = Block
+
     def __init__(self, spec: ConvNeXtSpec) -> None:
         super().__init__()
         self.pooled = spec.pooled
         self.features = spec.features()
         stages = range(len(spec.widths))
         self.downsample_layers = nn.ModuleList(_downsample(spec, stage) for stage in stages)
-        self.stages = nn.ModuleList(
-            nn.Sequential(*(Block(spec, spec.widths[stage]) for _ in range(spec.blocks[stage])))
-            for stage in stages
-        )
+        self.stages = nn.ModuleList(self.make_stage(spec, stage) for stage in stages)
         for stage in spec.outputs:
-            self.add_module(f"norm{stage}", nn.LayerNorm(spec.widths[stage], eps=spec.eps))
+            self.add_module(f"norm{stage}", nn.LayerNorm(spec.widths[stage], eps=self.output_eps(spec)))
+
+    def make_stage(self, spec: ConvNeXtSpec, stage: int) -> nn.Sequential:
+        """The blocks of a stage."""
+        return nn.Sequential(*(self.BLOCK(spec, spec.widths[stage]) for _ in range(spec.blocks[stage])))
+
+    def output_eps(self, spec: ConvNeXtSpec) -> float:
+        """What the norms of the outputs add to a variance."""
+        return spec.eps
 
     def forward(self, images: Tensor, nodes: Sequence[str]) -> dict[str, Tensor]:
         """Features of the stages in `nodes`; stops after the deepest of them."""
         maps, found = images, {}
         for stage in range(deepest(nodes) + 1):
-            maps = self.stages[stage](self.downsample_layers[stage](maps))
+            maps = self.run_stage(stage, maps)
             if str(stage) in nodes:
                 found[str(stage)] = self._output(stage, maps)
         return {node: found[node] for node in nodes}
+
+    def run_stage(self, stage: int, maps: Tensor) -> Tensor:
+        """[n, c, h, w] to the map of a stage."""
+        mixed: Tensor = self.stages[stage](self.downsample_layers[stage](maps))
+        return mixed
 
     def _output(self, stage: int, maps: Tensor) -> Tensor:
         norm = getattr(self, f"norm{stage}")
@@ -194,11 +211,12 @@ class ConvNeXt(Backbone):
 
     def frozen(self, freeze: Freeze) -> FreezeReport:
         """mmpretrain's rule: k is the first k stages with their downsampling; output norms never."""
-        return frozen_by_stage(
-            self,
-            freeze,
-            lambda k: [f"{part}.{i}" for part in ("downsample_layers", "stages") for i in range(k)],
-        )
+        return frozen_by_stage(self, freeze, first_stages)
+
+
+def first_stages(count: int) -> list[str]:
+    """The modules of the first stages, each with the downsampling before it."""
+    return [f"{part}.{stage}" for part in ("downsample_layers", "stages") for stage in range(count)]
 
 
 # --- mmpretrain.ConvNeXt = mmcls.ConvNeXt ---------------------------------------------------------
@@ -297,6 +315,95 @@ def _optional(config: ConvNeXtConfig, state: StateDict) -> Callable[[str], bool]
 
 
 EXAMPLE: dict[str, Any] = {"arch": "tiny", "out_indices": [1, 2, 3], "gap_before_final_norm": False}
+
+
+def _blocks(theirs: str, parts: Mapping[str, str]) -> dict[str, str]:
+    return {
+        f"stages.{{s}}.{{b}}.{part}.{{leaf}}": f"{theirs}{named}.{{leaf}}" for part, named in parts.items()
+    }
+
+
+_SCALE = Change(to_ours=Tensor.flatten, to_theirs=lambda scale: scale.reshape(-1, 1, 1))
+_TORCHVISION_PARTS = {"depthwise_conv": "0", "norm": "2", "pointwise_conv1": "3", "pointwise_conv2": "5"}
+_TIMM_PARTS = {
+    "depthwise_conv": "conv_dw",
+    "norm": "norm",
+    "pointwise_conv1": "mlp.fc1",
+    "pointwise_conv2": "mlp.fc2",
+}
+_OFFICIAL_PARTS = {
+    "depthwise_conv": "dwconv",
+    "norm": "norm",
+    "pointwise_conv1": "pwconv1",
+    "pointwise_conv2": "pwconv2",
+}
+CONVNEXT_NAMES = Naming(
+    "ConvNeXt",
+    own=("mmpretrain",),
+    marks=(
+        "downsample_layers.0.0.weight",
+        "stages.0.0.depthwise_conv.weight",
+        "stages.0.0.pointwise_conv2.weight",
+    ),
+    layouts=(
+        KeyLayout(
+            "timm",
+            rules(
+                {
+                    "downsample_layers.0.{i}.{leaf}": "stem.{i}.{leaf}",
+                    "downsample_layers.{s}.{i}.{leaf}": "stages.{s}.downsample.{i}.{leaf}",
+                    "stages.{s}.{b}.gamma": "stages.{s}.blocks.{b}.gamma",
+                    "stages.{s}.{b}.grn.gamma": "stages.{s}.blocks.{b}.mlp.grn.weight",
+                    "stages.{s}.{b}.grn.beta": "stages.{s}.blocks.{b}.mlp.grn.bias",
+                    **_blocks("stages.{s}.blocks.{b}.", _TIMM_PARTS),
+                    "norm3.{leaf}": "head.norm.{leaf}",
+                }
+            ),
+        ),
+        KeyLayout(
+            "official",
+            rules(
+                {
+                    "downsample_layers.{rest}": "downsample_layers.{rest}",
+                    "stages.{s}.{b}.gamma": "stages.{s}.{b}.gamma",
+                    "stages.{s}.{b}.grn.{leaf}": "stages.{s}.{b}.grn.{leaf}",
+                    **_blocks("stages.{s}.{b}.", _OFFICIAL_PARTS),
+                    "norm3.{leaf}": "norm.{leaf}",
+                }
+            ),
+        ),
+        KeyLayout(
+            "torchvision",
+            (
+                *rules(
+                    {f"stages.{s}.{{b}}.gamma": f"features.{2 * s + 1}.{{b}}.layer_scale" for s in range(4)},
+                    _SCALE,
+                ),
+                *rules(
+                    {
+                        "norm3.{leaf}": "classifier.0.{leaf}",
+                        **{
+                            f"downsample_layers.{s}.{{i}}.{{leaf}}": f"features.{2 * s}.{{i}}.{{leaf}}"
+                            for s in range(4)
+                        },
+                        **{
+                            f"stages.{s}.{{b}}.{part}.{{leaf}}": f"features.{2 * s + 1}.{{b}}.block.{named}.{{leaf}}"
+                            for s in range(4)
+                            for part, named in _TORCHVISION_PARTS.items()
+                        },
+                    }
+                ),
+            ),
+        ),
+    ),
+)
+
+
 CONVNEXT = make_family(
-    ConvNeXtConfig, ConvNeXt, example=EXAMPLE, architectures=tuple(ARCHS), optional=_optional
+    ConvNeXtConfig,
+    ConvNeXt,
+    example=EXAMPLE,
+    architectures=tuple(ARCHS),
+    optional=_optional,
+    naming=CONVNEXT_NAMES,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -26,6 +26,7 @@ from service.backbones.openmmlab import (
     norm_fault,
     pads_same,
 )
+from service.checkpoints.layouts import KeyLayout, Naming, rules
 from service.config.spec import FeatureInfo, Freeze, FreezeReport
 
 Kind = Literal["darknet", "resnet", "resnext"]
@@ -105,12 +106,17 @@ PLANS: dict[Kind, Plan] = {
 
 @dataclass(frozen=True)
 class CSPSpec:
-    """What decides the numbers and the names of the weights."""
+    """What decides the numbers and the names of the weights.
+
+    `same_pad`: the convolutions of the stem pad like TensorFlow. Those of the blocks would pad the same number
+    of pixels either way, and no others follow `conv_cfg`.
+    """
 
     kind: Kind
     conv: ConvSpec
     in_channels: int = 3
     deep_stem: bool = False
+    same_pad: bool = False
 
     @property
     def groups(self) -> int:
@@ -120,7 +126,7 @@ class CSPSpec:
     def features(self) -> tuple[FeatureInfo, ...]:
         """One map a stage."""
         widths = PLANS[self.kind].outputs
-        first = 2 if self.kind == "darknet" else 4
+        first = 2 if self.kind == "darknet" or self.deep_stem else 4
         return map_features(widths, tuple(first * 2**stage for stage in range(len(widths))))
 
 
@@ -205,15 +211,16 @@ def _stem(spec: CSPSpec) -> nn.Module:
     width = PLANS[spec.kind].inputs[0]
     if spec.kind == "darknet":
         return conv(spec.conv, spec.in_channels, width, 3)
-    pool = nn.MaxPool2d(3, stride=2, padding=1)
+    layers = replace(spec.conv, same_pad=spec.same_pad)
     if not spec.deep_stem:
-        return nn.Sequential(conv(spec.conv, spec.in_channels, width, 7, stride=2), pool)
+        pool = nn.MaxPool2d(3, stride=2, padding=1)
+        return nn.Sequential(conv(layers, spec.in_channels, width, 7, stride=2), pool)
+    # The library has no max-pool behind a deep stem.
     half = width // 2
     return nn.Sequential(
-        conv(spec.conv, spec.in_channels, half, 3, stride=2),
-        conv(spec.conv, half, half, 3),
-        conv(spec.conv, half, width, 3),
-        pool,
+        conv(layers, spec.in_channels, half, 3, stride=2),
+        conv(layers, half, half, 3),
+        conv(layers, half, width, 3),
     )
 
 
@@ -249,7 +256,7 @@ class CSPConfig(OpenMMLabConfig):
     KIND: ClassVar[Kind]
 
     in_channels: InputChannels = 3
-    frozen_stages: Annotated[int, Field(strict=True, ge=-1, le=3)] = Field(
+    frozen_stages: Annotated[int, Field(strict=True, ge=-1, le=4)] = Field(
         -1, description="-1 nothing, k the stem and stages 0 to k."
     )
     conv_cfg: ConvConfig | None = None
@@ -259,14 +266,19 @@ class CSPConfig(OpenMMLabConfig):
     def faults(self) -> Iterator[tuple[str, str]]:
         """What each key allows alone but the network does not, as (key, detail)."""
         plan = PLANS[self.KIND]
+        if self.frozen_stages >= len(plan.outputs):
+            yield (
+                "frozen_stages",
+                f"{self.frozen_stages} is more than the last stage, {len(plan.outputs) - 1}",
+            )
         inner = (width for stage in plan.stages() for width in (stage.expanded, stage.hidden, stage.outputs))
         if (fault := norm_fault(self.norm_cfg, (*plan.inputs, *inner))) is not None:
             yield fault
 
     def spec(self) -> CSPSpec:
         """The neutral spelling."""
-        layers = ConvSpec(self.norm_cfg.spec(), self.act_cfg.spec(), pads_same(self.conv_cfg))
-        return CSPSpec(self.KIND, layers, self.in_channels, bool(getattr(self, "deep_stem", False)))
+        layers = ConvSpec(self.norm_cfg.spec(), self.act_cfg.spec())
+        return CSPSpec(self.KIND, layers, self.in_channels)
 
 
 class CSPDarkNetConfig(CSPConfig):
@@ -285,7 +297,14 @@ class CSPResNetConfig(CSPConfig):
 
     depth: Literal[50] = Field(description="Number of layers.")
     out_indices: Indices = Field((3,), description="Stages 0 to 3, at strides 4 to 32.")
-    deep_stem: bool = False
+    deep_stem: bool = Field(
+        False,
+        description="Three 3x3 convolutions in place of the 7x7 and its max-pool: stages at strides 2 to 16.",
+    )
+
+    def spec(self) -> CSPSpec:
+        """The neutral spelling."""
+        return replace(super().spec(), deep_stem=self.deep_stem, same_pad=pads_same(self.conv_cfg))
 
 
 class CSPResNeXtConfig(CSPResNetConfig):
@@ -294,12 +313,74 @@ class CSPResNeXtConfig(CSPResNetConfig):
     KIND: ClassVar[Kind] = "resnext"
 
 
+_TIMM_PARTS = {
+    "downsample_conv": "conv_down",
+    "expand_conv": "conv_exp",
+    "atfer_blocks_conv": "conv_transition_b",
+    "final_conv": "conv_transition",
+}
+CSP_NAMES = Naming(
+    "CSPNet",
+    own=("mmpretrain",),
+    marks=("stages.1.atfer_blocks_conv.conv.weight", "stages.1.final_conv.conv.weight"),
+    layouts=(
+        KeyLayout(
+            "timm",
+            rules(
+                {
+                    # One convolution in Darknet, a sequence in the others.
+                    "stem.0.{part}.{leaf}": "stem.conv1.{part}.{leaf}",
+                    **{
+                        f"stages.{{s}}.{ours}.{{rest}}": f"stages.{{s}}.{theirs}.{{rest}}"
+                        for ours, theirs in _TIMM_PARTS.items()
+                    },
+                    "stages.{s}.blocks.{b}.conv{k}.weight": "stages.{s}.blocks.{b}.conv{k}.conv.weight",
+                    "stages.{s}.blocks.{b}.bn{k}.{leaf}": "stages.{s}.blocks.{b}.conv{k}.bn.{leaf}",
+                }
+            ),
+        ),
+    ),
+)
+CSP_DARKNET_NAMES = Naming(
+    "CSPDarkNet",
+    own=("mmpretrain",),
+    marks=("stem.conv.weight", *CSP_NAMES.marks, "stages.1.blocks.0.conv1.conv.weight"),
+    layouts=(
+        KeyLayout(
+            "timm",
+            rules(
+                {
+                    "stem.{part}.{leaf}": "stem.conv1.{part}.{leaf}",
+                    **{
+                        f"stages.{{s}}.{ours}.{{rest}}": f"stages.{{s}}.{theirs}.{{rest}}"
+                        for ours, theirs in _TIMM_PARTS.items()
+                    },
+                    "stages.{s}.blocks.{rest}": "stages.{s}.blocks.{rest}",
+                }
+            ),
+        ),
+    ),
+)
+
+
 CSP_DARKNET = make_family(
-    CSPDarkNetConfig, CSPNet, example={"depth": 53, "out_indices": [2, 3, 4]}, architectures=("53",)
+    CSPDarkNetConfig,
+    CSPNet,
+    example={"depth": 53, "out_indices": [2, 3, 4]},
+    architectures=("53",),
+    naming=CSP_DARKNET_NAMES,
 )
 CSP_RESNET = make_family(
-    CSPResNetConfig, CSPNet, example={"depth": 50, "out_indices": [1, 2, 3]}, architectures=("50",)
+    CSPResNetConfig,
+    CSPNet,
+    example={"depth": 50, "out_indices": [1, 2, 3]},
+    architectures=("50",),
+    naming=CSP_NAMES,
 )
 CSP_RESNEXT = make_family(
-    CSPResNeXtConfig, CSPNet, example={"depth": 50, "out_indices": [1, 2, 3]}, architectures=("50",)
+    CSPResNeXtConfig,
+    CSPNet,
+    example={"depth": 50, "out_indices": [1, 2, 3]},
+    architectures=("50",),
+    naming=CSP_NAMES,
 )

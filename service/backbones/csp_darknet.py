@@ -13,8 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from service.backbones.openmmlab import ActivationConfig, ConvModule, make_family
-from service.backbones.resnet import ConvConfig
+from service.backbones.openmmlab import ActivationConfig, ConvModule, PlainConvConfig, make_family
 from service.backbones.yolo import (
     Bottleneck,
     ConvStyle,
@@ -260,7 +259,7 @@ class CSPDarknetConfig(StagedConfig):
         None, description="Stages in place of arch's: [channels in, out, blocks, shortcuts, pyramid pooling]."
     )
     spp_kernal_sizes: PoolKernels = Field((5, 9, 13), description="Kernels of the pyramid pooling.")
-    conv_cfg: ConvConfig | None = None
+    conv_cfg: PlainConvConfig | None = None
     act_cfg: ActivationConfig | None = Field(ActivationConfig(type="Swish"), description="null is none.")
 
     def rows(self) -> tuple[CSPRow, ...]:

@@ -11,8 +11,7 @@ from torch import nn
 
 from service.backbones.csp_darknet import Arch
 from service.backbones.norms import NormConfig
-from service.backbones.openmmlab import make_family
-from service.backbones.resnet import ConvConfig
+from service.backbones.openmmlab import PlainConvConfig, make_family
 from service.backbones.yolo import (
     CSPLayer,
     CSPRow,
@@ -104,7 +103,7 @@ class CSPNeXtKeys(StagedConfig):
         None, description="Stages in place of arch's: [channels in, out, blocks, shortcuts, pyramid pooling]."
     )
     channel_attention: bool = Field(True, description="Weighs the channels at the end of a stage.")
-    conv_cfg: ConvConfig | None = None
+    conv_cfg: PlainConvConfig | None = None
 
     def network(self) -> CSPNeXt:
         """The network of these keys, without its weights."""

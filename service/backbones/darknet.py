@@ -15,13 +15,13 @@ from service.backbones.norms import NormConfig
 from service.backbones.openmmlab import (
     ActivationConfig,
     OpenMMLabConfig,
+    PlainConvConfig,
     deepest,
     frozen_by_stage,
     make_family,
     map_features,
     norm_fault,
 )
-from service.backbones.resnet import ConvConfig
 from service.backbones.yolo import PLAIN, ConvStyle
 from service.config.spec import FeatureInfo, Freeze, FreezeReport, WeightsRef
 
@@ -97,7 +97,7 @@ class DarknetConfig(OpenMMLabConfig):
     frozen_stages: Annotated[int, Field(strict=True, ge=-1, le=6)] = Field(
         -1, description="-1 and 0 nothing, 1 the first convolution, k also the first k - 1 stages."
     )
-    conv_cfg: ConvConfig | None = None
+    conv_cfg: PlainConvConfig | None = None
     norm_cfg: NormConfig = NormConfig(type="BN")
     act_cfg: ActivationConfig | None = Field(
         ActivationConfig(type="LeakyReLU", negative_slope=0.1), description="null is none."

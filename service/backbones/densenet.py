@@ -26,6 +26,7 @@ from service.backbones.openmmlab import (
     named_arch,
     norm_fault,
 )
+from service.checkpoints.layouts import KeyLayout, Naming, rules
 from service.config.spec import FeatureInfo, Freeze, FreezeReport
 
 # channels that a layer adds, layers of the stages, channels of the stem
@@ -209,9 +210,36 @@ class DenseNetConfig(OpenMMLabConfig):
         )
 
 
+_TORCHVISION = {
+    "stem.0.{leaf}": "features.conv0.{leaf}",
+    "stem.1.{leaf}": "features.norm0.{leaf}",
+    "transitions.3.0.{leaf}": "features.norm5.{leaf}",
+    "transitions.{s}.{rest}": "features.transition{s+1}.{rest}",
+}
+_LAYER = "features.denseblock{s+1}.denselayer{b+1}."
+DENSENET_NAMES = Naming(
+    "DenseNet",
+    own=("mmpretrain",),
+    marks=("stem.0.weight", "stages.0.block.0.conv1.weight", "transitions.0.conv.weight"),
+    layouts=tuple(
+        KeyLayout(
+            library,
+            (
+                *rules({**_TORCHVISION, "stages.{s}.block.{b}.{rest}": _LAYER + "{rest}"}),
+                # torchvision's own files, which are older than what loads them
+                *rules({"stages.{s}.block.{b}.norm{k}.{leaf}": _LAYER + "norm.{k}.{leaf}"}),
+                *rules({"stages.{s}.block.{b}.conv{k}.{leaf}": _LAYER + "conv.{k}.{leaf}"}),
+            ),
+        )
+        for library in ("torchvision", "timm")
+    ),
+)
+
+
 DENSENET = make_family(
     DenseNetConfig,
     DenseNet,
     example={"arch": "121", "out_indices": [0, 1, 2, 3]},
     architectures=tuple(ARCHS),
+    naming=DENSENET_NAMES,
 )

@@ -35,6 +35,8 @@ from service.backbones.detectron2_resnet import (
     load,
 )
 from service.backbones.lazyconfig import short_class
+from service.backbones.resnet import RESNET_NAMES, is_classifier
+from service.checkpoints.published import style_of
 from service.config.spec import Description, Freeze, Level, LoadedKeys, WeightsRef
 from service.errors import InvalidConfig
 
@@ -74,10 +76,8 @@ def _norm_name(value: Any) -> Any:
     return "" if value is None else short_class(value)
 
 
-NormName = Annotated[
-    Literal["FrozenBN", "BN", "SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N", "GN", "LN", ""],
-    BeforeValidator(_norm_name),
-]
+NormKey = Literal["FrozenBN", "BN", "SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N", "GN", "LN", ""]
+NormName = Annotated[NormKey, BeforeValidator(_norm_name)]
 BlockName = Annotated[
     Literal["BasicBlock", "BottleneckBlock", "DeformBottleneckBlock"], BeforeValidator(short_class)
 ]
@@ -416,6 +416,29 @@ class _ResNetConfig(BackboneConfig):
         """The neutral spelling, so that all spellings of a network share its models."""
         return {"type": self.TYPE, **asdict(self.spec())}
 
+    def misreads(self, checkpoint: str) -> str | None:
+        """Bottlenecks that stride elsewhere have the same names and shapes, and other numbers."""
+        theirs = style_of(checkpoint)
+        blocks = [block for stage in self.spec().stages for block in stage if block.kind != "basic"]
+        ours = "caffe" if any(block.stride_in_1x1 for block in blocks) else "pytorch"
+        if theirs in (None, ours) or not blocks:
+            return None
+        needed = "true" if theirs == "caffe" else "false"
+        return (
+            f"these weights are of a ResNet with stride_in_1x1 {needed}: they have the same names and shapes here "
+            "but would give wrong features"
+        )
+
+    def misfits(self, library: str, checkpoint: str, state: StateDict) -> str | None:
+        """torchvision's and timm's bottlenecks stride in the 3x3 convolution; OpenMMLab's files do not tell."""
+        striding = any(block.stride_in_1x1 for stage in self.spec().stages for block in stage)
+        if not library or not striding or style_of(checkpoint) == "caffe" or not is_classifier(state):
+            return None
+        return (
+            "a torchvision or timm file fits a ResNet with stride_in_1x1 and would give wrong features: its "
+            "bottlenecks stride in the 3x3 convolution"
+        )
+
     def freeze(self) -> Freeze:
         """`freeze_at`, and the norms that are frozen ones from the start."""
         spec = self.spec()
@@ -697,6 +720,20 @@ class YacsModel(_Part):
     FPN: YacsFpn = Field(YacsFpn(), description="No effect: the backbone is without FPN.")
 
 
+def weights_of_yacs(given: str, named: WeightsRef | None) -> WeightsRef | None:
+    """`MODEL.WEIGHTS`, or the checkpoint named as in every type.
+
+    Raises:
+        InvalidConfig: both are named.
+    """
+    pointer = "#/backbone/MODEL/WEIGHTS"
+    if not given:
+        return named
+    if named is not None:
+        raise InvalidConfig(pointer, f"give WEIGHTS or {named.pointer.split('/')[2]}, not both")
+    return WeightsRef(given, pointer=pointer)
+
+
 # What `block_faults` and `MakeStage` call it, and what yacs does.
 YACS_NAMES = {"out_channels": "RES2_OUT_CHANNELS", "in_channels": "STEM_OUT_CHANNELS"}
 
@@ -724,12 +761,7 @@ class YacsConfig(_ResNetConfig):
         Raises:
             InvalidConfig: both are named.
         """
-        named, pointer = super().weights(), "#/backbone/MODEL/WEIGHTS"
-        if not self.MODEL.WEIGHTS:
-            return named
-        if named is not None:
-            raise InvalidConfig(pointer, f"give WEIGHTS or {named.pointer.split('/')[2]}, not both")
-        return WeightsRef(self.MODEL.WEIGHTS, pointer=pointer)
+        return weights_of_yacs(self.MODEL.WEIGHTS, super().weights())
 
     def _made(self) -> MakeStage:
         given = self.MODEL.RESNETS
@@ -817,6 +849,8 @@ RESNET = Family(
     load=_load,
     example=_example,
     architectures=_depths,
+    naming=RESNET_NAMES,
+    library="detectron2",
 )
 YACS_RESNET = Family(
     config=YacsConfig,
@@ -825,4 +859,6 @@ YACS_RESNET = Family(
     load=_load,
     example=_yacs_example,
     architectures=_depths,
+    naming=RESNET_NAMES,
+    library="detectron2",
 )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from service.backbones import building
 from service.backbones.base import Backbone
+from service.backbones.caffe2_names import is_caffe2, renamed, with_statistics
 from service.backbones.freezing import is_under, norm_names
 from service.backbones.norms import BATCH_NORMS, GroupNorm
 from service.checkpoints.load import load_strict
@@ -299,15 +300,20 @@ class ResNet(Backbone):
         """
         stages = freeze.stages or 0
         roots = ["stem"] * (stages >= 1) + [f"res{number}" for number in range(2, stages + 1)]
-        turned = [name for name in norm_names(self, BATCH_NORMS) if is_under(name, roots)]
-        norms = {*turned, *norm_names(self, (FrozenBatchNorm2d,))}
-        left = [name for name, _ in self.named_parameters() if name.rpartition(".")[0] not in norms]
-        return FreezeReport(
-            stages=freeze.stages,
-            parameters=tuple(name for name in left if is_under(name, roots)),
-            norms=tuple(name for name, _ in self.named_modules() if name in norms),
-            of=len(left),
-        )
+        return with_frozen_norms(self, freeze, roots)
+
+
+def with_frozen_norms(network: nn.Module, freeze: Freeze, roots: Sequence[str]) -> FreezeReport:
+    """The report for a network whose modules `roots` are frozen, their batch norms made constants."""
+    turned = [name for name in norm_names(network, BATCH_NORMS) if is_under(name, roots)]
+    norms = {*turned, *norm_names(network, (FrozenBatchNorm2d,))}
+    left = [name for name, _ in network.named_parameters() if name.rpartition(".")[0] not in norms]
+    return FreezeReport(
+        stages=freeze.stages,
+        parameters=tuple(name for name in left if is_under(name, roots)),
+        norms=tuple(name for name, _ in network.named_modules() if name in norms),
+        of=len(left),
+    )
 
 
 def initialise(network: nn.Module) -> None:
@@ -339,6 +345,9 @@ def build(spec: ResNetSpec) -> ResNet:
 
 
 def load(spec: ResNetSpec, state: StateDict, ref: WeightsRef) -> tuple[ResNet, LoadedKeys]:
-    """The network with the tensors of a checkpoint that has detectron2's names."""
+    """The network with the tensors of a checkpoint that has detectron2's names, or Caffe2's."""
     network = building.unset(lambda: ResNet(spec))
+    if is_caffe2(state):
+        named = renamed(state, network.state_dict(), pointer=ref.pointer)
+        state = with_statistics(named, norm_names(network, (FrozenBatchNorm2d,)))
     return network, load_strict(network, state, ref)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -19,6 +19,10 @@ from service.backbones.inverted_residual import (
     InvertedResidual,
     SqueezeSpec,
     conv,
+    counted_through,
+    not_tensorflows,
+    stage_lengths,
+    timm_block_rules,
 )
 from service.backbones.norms import NormConfig
 from service.backbones.openmmlab import (
@@ -36,6 +40,8 @@ from service.backbones.openmmlab import (
     norm_fault,
     pads_same,
 )
+from service.checkpoints.layouts import KeyLayout, KeyRule, Naming, rules
+from service.checkpoints.read import StateDict
 from service.config.spec import FeatureInfo, Freeze, FreezeReport
 
 SIGMOID = ActivationSpec("sigmoid")
@@ -137,14 +143,16 @@ def _level(spec: EfficientNetSpec, inputs: int, rows: Sequence[Row]) -> nn.Seque
     blocks: list[nn.Module] = []
     for row in rows:
         for position in range(row.count):
-            hidden = inputs * row.expand
+            # OpenMMLab widens the later blocks of the first EdgeTPU row, and gives them no shortcut.
+            widened = row.kind == "edge" and row.expand == 3 and position > 0
+            hidden = inputs * (4 if widened else row.expand)
             squeeze = (
                 SqueezeSpec(hidden // (row.expand * row.squeeze), spec.conv.activation, SIGMOID)
                 if row.squeeze
                 else None
             )
             stride = row.stride if position == 0 else 1
-            block = BlockSpec(inputs, row.outputs, hidden, row.kernel, stride, squeeze)
+            block = BlockSpec(inputs, row.outputs, hidden, row.kernel, stride, squeeze, residual=not widened)
             blocks.append(BLOCKS[row.kind](spec.conv, block))
             inputs = row.outputs
     return nn.Sequential(*blocks)
@@ -211,6 +219,10 @@ class EfficientNetConfig(OpenMMLabConfig):
         """How many levels the library builds."""
         return LEVELS
 
+    def misfits(self, library: str, checkpoint: str, state: StateDict) -> str | None:  # noqa: ARG002 - see below
+        """timm has every one of these twice, under the same names in the file."""
+        return not_tensorflows(checkpoint) if library == "timm" else None
+
     def spec(self) -> EfficientNetSpec:
         """The neutral spelling."""
         layers = ConvSpec(self.norm_cfg.spec(), self.act_cfg.spec(), pads_same(self.conv_cfg))
@@ -231,7 +243,55 @@ def _example(index: int) -> dict[str, Any]:
     return {"arch": "b0", "out_indices": [3, 4, index]}
 
 
-EFFICIENTNET = make_family(EfficientNetConfig, EfficientNet, example=_example(5), architectures=tuple(ARCHS))
+def _timm_rules(names: Collection[str], ours: bool) -> tuple[KeyRule, ...]:
+    """timm has a stage for each width, here those of one stride are one: the 4th and 5th, the 6th and 7th."""
+    if ours:
+        lengths = stage_lengths(names, r"layers\.(\d+)\.(\d+)\.")
+        first, second, third, fourth, sixth = (*lengths, 0, 0, 0, 0, 0)[:5]
+        # The first and the last stage are equally deep, so are the 4th and 5th, in every published scaling.
+        theirs = [first, second, third, fourth // 2, fourth - fourth // 2, sixth - first, first]
+    else:
+        theirs = stage_lengths(names, r"blocks\.(\d+)\.(\d+)\.")
+        lengths = [*theirs[:3], sum(theirs[3:5]), sum(theirs[5:])]
+    pairs = zip(counted_through(lengths, 1, "layers."), counted_through(theirs, 0, "blocks."), strict=False)
+    return (
+        *rules(
+            {
+                "layers.0.conv.{leaf}": "conv_stem.{leaf}",
+                "layers.0.bn.{leaf}": "bn1.{leaf}",
+                "layers.6.conv.{leaf}": "conv_head.{leaf}",
+                "layers.6.bn.{leaf}": "bn2.{leaf}",
+            }
+        ),
+        *timm_block_rules(pairs, names, ours=ours),
+    )
+
+
+EFFICIENTNET_NAMES = Naming(
+    "EfficientNet",
+    own=("mmpretrain", "mmdet"),
+    marks=(
+        "layers.0.conv.weight",
+        "layers.1.0.depthwise_conv.conv.weight",
+        # MobileNetV3, which timm names alike, has none there
+        "layers.2.0.se.conv1.conv.weight",
+        "layers.5.0.expand_conv.conv.weight",
+    ),
+    layouts=(KeyLayout("timm", _timm_rules),),
+)
+
+
+EFFICIENTNET = make_family(
+    EfficientNetConfig,
+    EfficientNet,
+    naming=EFFICIENTNET_NAMES,
+    example=_example(5),
+    architectures=tuple(ARCHS),
+)
 DET_EFFICIENTNET = make_family(
-    DetEfficientNetConfig, EfficientNet, example=_example(5), architectures=tuple(ARCHS)
+    DetEfficientNetConfig,
+    EfficientNet,
+    example=_example(5),
+    architectures=tuple(ARCHS),
+    naming=EFFICIENTNET_NAMES,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -20,11 +20,16 @@ from service.backbones.inverted_residual import (
     SkipConv,
     SqueezeSpec,
     conv,
+    counted_through,
+    not_tensorflows,
+    stage_lengths,
+    timm_block_rules,
 )
 from service.backbones.norms import NormConfig
 from service.backbones.openmmlab import (
     ActivationConfig,
     ConvConfig,
+    ConvModule,
     OpenMMLabConfig,
     batch_norm,
     deepest,
@@ -35,6 +40,8 @@ from service.backbones.openmmlab import (
     norm_fault,
     pads_same,
 )
+from service.checkpoints.layouts import KeyLayout, KeyRule, Naming, rules
+from service.checkpoints.read import StateDict
 from service.config.spec import FeatureInfo, Freeze, FreezeReport
 
 
@@ -103,6 +110,20 @@ def _stage(spec: EfficientNetV2Spec, index: int, inputs: int) -> nn.Sequential:
     return nn.Sequential(*blocks)
 
 
+def _stem(spec: EfficientNetV2Spec) -> ConvModule:
+    # The library gives it no padding, which only a convolution that pads by itself makes up for.
+    return ConvModule(
+        spec.in_channels,
+        ARCHS[spec.arch].stem,
+        3,
+        stride=2,
+        padding=0,
+        norm=spec.conv.norm,
+        activation=spec.conv.activation,
+        same_pad=spec.conv.same_pad,
+    )
+
+
 class EfficientNetV2(Backbone):
     """`layers.0` is the stem, then the stages, then the last convolution."""
 
@@ -113,7 +134,7 @@ class EfficientNetV2(Backbone):
         stages = range(len(widths) - 2)
         self.layers = nn.ModuleList(
             [
-                conv(spec.conv, spec.in_channels, widths[0], 3, stride=2),
+                _stem(spec),
                 *(_stage(spec, index, widths[index]) for index in stages),
                 conv(spec.conv, widths[-2], widths[-1], 1),
             ]
@@ -161,10 +182,40 @@ class EfficientNetV2Config(OpenMMLabConfig):
         if (fault := norm_fault(self.norm_cfg, [feature.channels for feature in features])) is not None:
             yield fault
 
+    def misfits(self, library: str, checkpoint: str, state: StateDict) -> str | None:  # noqa: ARG002 - see below
+        """timm has every one of these twice, under the same names in the file."""
+        return not_tensorflows(checkpoint) if library == "timm" else None
+
     def spec(self) -> EfficientNetV2Spec:
         """The neutral spelling."""
         layers = ConvSpec(self.norm_cfg.spec(), self.act_cfg.spec(), pads_same(self.conv_cfg))
         return EfficientNetV2Spec(self.arch, layers, self.in_channels)
+
+
+def _timm_rules(names: Collection[str], ours: bool) -> tuple[KeyRule, ...]:
+    pattern = r"layers\.(\d+)\.(\d+)\." if ours else r"blocks\.(\d+)\.(\d+)\."
+    lengths = stage_lengths(names, pattern)
+    pairs = zip(counted_through(lengths, 1, "layers."), counted_through(lengths, 0, "blocks."), strict=True)
+    head = f"layers.{len(lengths) + 1}."
+    return (
+        *rules(
+            {
+                "layers.0.conv.{leaf}": "conv_stem.{leaf}",
+                "layers.0.bn.{leaf}": "bn1.{leaf}",
+                head + "conv.{leaf}": "conv_head.{leaf}",
+                head + "bn.{leaf}": "bn2.{leaf}",
+            }
+        ),
+        *timm_block_rules(pairs, names, ours=ours),
+    )
+
+
+EFFICIENTNET_V2_NAMES = Naming(
+    "EfficientNetV2",
+    own=("mmpretrain",),
+    marks=("layers.0.conv.weight", "layers.2.0.conv1.conv.weight", "layers.4.0.expand_conv.conv.weight"),
+    layouts=(KeyLayout("timm", _timm_rules),),
+)
 
 
 EFFICIENTNET_V2 = make_family(
@@ -172,4 +223,5 @@ EFFICIENTNET_V2 = make_family(
     EfficientNetV2,
     example={"arch": "b0", "out_indices": [3, 5, 6]},
     architectures=tuple(ARCHS),
+    naming=EFFICIENTNET_V2_NAMES,
 )

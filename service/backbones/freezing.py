@@ -14,7 +14,12 @@ FROZEN_BATCH_NORM = "FrozenBatchNorm2d"
 
 
 def freeze_report(
-    network: nn.Module, freeze: Freeze, frozen: Sequence[str], *, norms_follow: bool = True
+    network: nn.Module,
+    freeze: Freeze,
+    frozen: Sequence[str],
+    *,
+    norms_follow: bool = True,
+    configured: Sequence[str] | None = None,
 ) -> FreezeReport:
     """The report for a network whose modules and parameters named in `frozen` are frozen.
 
@@ -26,13 +31,17 @@ def freeze_report(
         freeze: what the config asks for.
         frozen: names of modules or parameters, by the family's rule for `freeze.stages`.
         norms_follow: whether the norms of frozen modules go into eval mode (not so in VisionTransformer).
+        configured: names of the modules whose norms follow `norm_cfg`, and so `all_norms`; None is the network.
     """
-    parameters = {name for name, _ in network.named_parameters() if is_under(name, frozen)}
+    without_gradient = (*frozen, *freeze.constant)
+    parameters = {name for name, _ in network.named_parameters() if is_under(name, without_gradient)}
     norms = {name for name in norm_names(network) if norms_follow and is_under(name, frozen)}
     if freeze.norm_eval:
         norms |= set(norm_names(network, BATCH_NORMS))
     if freeze.all_norms:
-        every_norm = norm_names(network)
+        every_norm = [
+            name for name in norm_names(network) if configured is None or is_under(name, configured)
+        ]
         parameters |= {name for name, _ in network.named_parameters() if is_under(name, every_norm)}
     return in_module_order(network, freeze, parameters, norms)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from service.backbones import building
 from service.backbones.base import Backbone, BackboneConfig, Family, Indices, levels_by_index
 from service.backbones.freezing import freeze_report
-from service.backbones.norms import NormConfig, NormSpec, make_norm
+from service.backbones.norms import BATCH_NORM, NormConfig, NormSpec, make_norm
 from service.backbones.openmmlab import (
     ActivationSpec,
     initialise,
@@ -74,11 +74,14 @@ def residuals(norm: NormSpec, inputs: int, outputs: int, blocks: int, *, stride:
 
 
 class Hourglass(nn.Module):
-    """Maps beside their half-sized selves, which go through a smaller hourglass; keys `up1`, `low1` to `low3`."""
+    """Maps beside their half-sized selves, which go through a smaller hourglass; keys `up1`, `low1` to `low3`.
+
+    mmdet does not hand `norm_cfg` to it: its norms are always plain batch norms.
+    """
 
     def __init__(self, spec: HourglassSpec, size: int = 0) -> None:
         super().__init__()
-        norm, blocks = spec.norm, spec.blocks[size]
+        norm, blocks = BATCH_NORM, spec.blocks[size]
         width, inner = spec.widths[size], spec.widths[size + 1]
         self.up1 = residuals(norm, width, width, blocks)
         self.low1 = residuals(norm, width, inner, blocks, stride=2)
@@ -129,8 +132,9 @@ class HourglassNet(Backbone):
         return {node: found[node] for node in nodes}
 
     def frozen(self, freeze: Freeze) -> FreezeReport:
-        """Nothing but the norms, if the config says so."""
-        return freeze_report(self, freeze, ())
+        """Nothing but the norms that follow `norm_cfg`, if it says so."""
+        configured = [name for name, _ in self.named_children() if name != "hourglass_modules"]
+        return freeze_report(self, freeze, (), configured=configured)
 
 
 # --- mmdet.HourglassNet ---------------------------------------------------------------------------
@@ -181,7 +185,7 @@ class HourglassConfig(BackboneConfig):
             yield "stage_blocks", f"has {len(self.stage_blocks)} entries for {sizes} stage_channels"
         if self.downsample_times >= sizes:
             yield "downsample_times", f"{self.downsample_times} needs as many stage_channels and one more"
-        widths = (*self.stage_channels, self.stage_channels[0] // 2, self.feat_channel)
+        widths = (self.stage_channels[0], self.stage_channels[0] // 2, self.feat_channel)
         if (fault := norm_fault(self.norm_cfg, widths)) is not None:
             yield fault
 

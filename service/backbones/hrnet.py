@@ -13,9 +13,18 @@ from torch import Tensor, nn
 from service.backbones.base import Backbone, CheckpointName, InputChannels
 from service.backbones.freezing import freeze_report
 from service.backbones.mobilenet_v2 import weights_or_pretrained
-from service.backbones.norms import NormConfig, NormSpec, make_norm
-from service.backbones.openmmlab import SharedConfig, batch_norm, make_family, map_features, named_arch
-from service.backbones.resnet import ConvConfig, ResidualBlock
+from service.backbones.norms import BATCH_NORM, NormConfig, NormSpec, make_norm
+from service.backbones.openmmlab import (
+    PlainConvConfig,
+    SharedConfig,
+    batch_norm,
+    make_family,
+    map_features,
+    named_arch,
+    norm_fault,
+)
+from service.backbones.resnet import ResidualBlock
+from service.checkpoints.layouts import Naming
 from service.config.spec import (
     Description,
     FeatureInfo,
@@ -59,12 +68,16 @@ ARCHS = {f"w{width}": _arch(width) for width in (18, 30, 32, 40, 44, 48, 64)}
 
 @dataclass(frozen=True)
 class HRNetSpec:
-    """What decides the numbers and the names of the weights. `multiscale` is whether all branches go out."""
+    """What decides the numbers and the names of the weights. `multiscale` is whether all branches go out.
+
+    `first_norm` is that of the first stage, `layer1`; where it is None, as of all others.
+    """
 
     stages: tuple[StageSpec, ...]
     norm: NormSpec
     in_channels: int = 3
     multiscale: bool = True
+    first_norm: NormSpec | None = None
 
     def features(self) -> tuple[FeatureInfo, ...]:
         """One map a branch."""
@@ -167,6 +180,7 @@ class HRNet(Backbone):
         super().__init__()
         self.features = spec.features()
         norm = spec.norm
+        self.configures_first = spec.first_norm is None
         self.norm_names = (f"{norm.kind}1", f"{norm.kind}2")
         for i, (inputs, name) in enumerate(
             zip((spec.in_channels, STEM), self.norm_names, strict=True), start=1
@@ -174,7 +188,8 @@ class HRNet(Backbone):
             self.add_module(f"conv{i}", _conv3x3(inputs, STEM, 2))
             self.add_module(name, make_norm(norm, STEM))
         first = spec.stages[0]
-        self.layer1 = _branch(norm, first.block, STEM, first.channels[0], first.blocks[0])
+        first_norm = spec.first_norm or norm
+        self.layer1 = _branch(first_norm, first.block, STEM, first.channels[0], first.blocks[0])
         before: Sequence[int] = first.widths()
         self.count = len(spec.stages)
         for number, stage in enumerate(spec.stages[1:], start=2):
@@ -207,8 +222,9 @@ class HRNet(Backbone):
         return {node: branches[int(node)] for node in nodes}
 
     def frozen(self, freeze: Freeze) -> FreezeReport:
-        """HRNet has no `frozen_stages`; `norm_eval` and `norm_cfg` hold."""
-        return freeze_report(self, freeze, ())
+        """HRNet has no `frozen_stages`; `norm_eval` holds, and `norm_cfg` where it reaches."""
+        parts = [name for name, _ in self.named_children() if self.configures_first or name != "layer1"]
+        return freeze_report(self, freeze, (), configured=parts)
 
 
 # --- mmpretrain.HRNet, mmdet.HRNet ----------------------------------------------------------------
@@ -256,28 +272,33 @@ class HRNetConfig(SharedConfig):
     arch: Annotated[str, named_arch(ARCHS)] = Field("w32", json_schema_extra={"enum": list(ARCHS)})
     extra: ExtraConfig | None = Field(None, description="Stages spelled out, instead of arch.")
     in_channels: InputChannels = 3
-    conv_cfg: ConvConfig | None = None
+    conv_cfg: PlainConvConfig | None = None
     norm_cfg: NormConfig = batch_norm()
     multiscale_output: bool = Field(True, description="False returns the finest branch only.")
     zero_init_residual: bool = Field(False, description="Start of training; changes nothing here.")
 
     def faults(self) -> Iterator[tuple[str, str]]:
         """What each key allows alone but the network does not, as (key, detail)."""
-        if (fault := self.norm_cfg.fault()) is not None:
-            yield "norm_cfg/num_groups", fault
-        if self.norm_cfg.type == "GN":
-            yield "norm_cfg/type", "only batch norms are served"
         for number, stage in enumerate(self.extra.stages() if self.extra else (), start=1):
             for key in ("num_blocks", "num_channels"):
                 if len(getattr(stage, key)) != stage.num_branches:
                     yield f"extra/stage{number}/{key}", f"needs {stage.num_branches} entries, one a branch"
             if stage.num_branches != number:
                 yield f"extra/stage{number}/num_branches", f"must be {number}"
+        widths = {width for stage in self.spec().stages for width in (*stage.channels, *stage.widths())}
+        if (fault := norm_fault(self.norm_cfg, (STEM, *sorted(widths)))) is not None:
+            yield fault
 
     def spec(self) -> HRNetSpec:
         """The neutral spelling."""
         stages = tuple(stage.spec() for stage in self.extra.stages()) if self.extra else ARCHS[self.arch]
-        return HRNetSpec(stages, self.norm_cfg.spec(), self.in_channels, self.multiscale_output)
+        return HRNetSpec(
+            stages, self.norm_cfg.spec(), self.in_channels, self.multiscale_output, self.first_norm()
+        )
+
+    def first_norm(self) -> NormSpec | None:
+        """mmpretrain does not hand `norm_cfg` to the first stage."""
+        return BATCH_NORM
 
     def selected(self, description: Description) -> tuple[Level, ...]:
         """All branches."""
@@ -290,6 +311,10 @@ class DetHRNetConfig(HRNetConfig):
     extra: ExtraConfig = Field(description="The stages.")
     norm_eval: bool = Field(True, description="True keeps every batch norm in eval mode.")
     pretrained: CheckpointName | None = Field(None, description="mmdet's older spelling of init_cfg.")
+
+    def first_norm(self) -> NormSpec | None:
+        """mmdet does."""
+        return None
 
     def weights(self) -> WeightsRef | None:
         """Where the weights come from."""
@@ -309,5 +334,14 @@ def _extra(arch: str) -> dict[str, Any]:
     }
 
 
-HRNET = make_family(HRNetConfig, HRNet, example={"arch": "w18"}, architectures=tuple(ARCHS))
-DET_HRNET = make_family(DetHRNetConfig, HRNet, example={"extra": _extra("w18")})
+HRNET_NAMES = Naming(
+    "HRNet",
+    own=("mmpretrain", "mmdet", "timm"),
+    marks=("conv2.weight", "transition1.0.0.weight", "stage2.0.branches.0.0.conv1.weight"),
+)
+
+
+HRNET = make_family(
+    HRNetConfig, HRNet, naming=HRNET_NAMES, example={"arch": "w18"}, architectures=tuple(ARCHS)
+)
+DET_HRNET = make_family(DetHRNetConfig, HRNet, naming=HRNET_NAMES, example={"extra": _extra("w18")})

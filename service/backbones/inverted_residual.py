@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from service.backbones.norms import BATCH_NORM, NormSpec
 from service.backbones.openmmlab import ActivationSpec, ConvModule, SqueezeExcite
+from service.checkpoints.layouts import KeyRule, rules
 
 NO_ACTIVATION = ActivationSpec("none")
 
@@ -59,7 +62,10 @@ class SqueezeSpec:
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """One block: `hidden` are its inner channels, `activation` None is the network's."""
+    """One block: `hidden` are its inner channels, `activation` None is the network's.
+
+    `residual`: whether it has a shortcut where the shapes allow one.
+    """
 
     inputs: int
     outputs: int
@@ -68,11 +74,12 @@ class BlockSpec:
     stride: int
     squeeze: SqueezeSpec | None = None
     activation: ActivationSpec | None = None
+    residual: bool = True
 
     @property
     def has_shortcut(self) -> bool:
         """Whether the input is added to the output."""
-        return self.stride == 1 and self.inputs == self.outputs
+        return self.residual and self.stride == 1 and self.inputs == self.outputs
 
 
 class InvertedResidual(nn.Module):
@@ -152,3 +159,89 @@ class SkipConv(ConvModule):
         """[n, inputs, h, w] to [n, outputs, h / stride, w / stride]."""
         filtered = super().forward(maps)
         return maps + filtered if self.block.has_shortcut else filtered
+
+
+# --- the same blocks by timm's names --------------------------------------------------------------
+
+_SE = {"se.conv1.conv.{leaf}": "se.conv_reduce.{leaf}", "se.conv2.conv.{leaf}": "se.conv_expand.{leaf}"}
+
+
+def _conv_names(pairs: Mapping[str, tuple[str, str]]) -> dict[str, str]:
+    """Our convolution with its norm by timm's convolution and timm's norm."""
+    found: dict[str, str] = {}
+    for ours, (conv, norm) in pairs.items():
+        found |= {f"{ours}conv.{{leaf}}": f"{conv}.{{leaf}}", f"{ours}bn.{{leaf}}": f"{norm}.{{leaf}}"}
+    return found
+
+
+# What tells the kinds apart: a name of ours, a name of theirs. The last needs none.
+BLOCK_NAMES: tuple[tuple[str, str, Mapping[str, str]], ...] = (
+    ("conv.weight", "conv.weight", _conv_names({"": ("conv", "bn1")})),
+    (
+        "conv1.conv.weight",
+        "conv_exp.weight",
+        {**_SE, **_conv_names({"conv1.": ("conv_exp", "bn1"), "conv2.": ("conv_pwl", "bn2")})},
+    ),
+    (
+        "expand_conv.conv.weight",
+        "conv_pwl.weight",
+        {
+            **_SE,
+            **_conv_names(
+                {
+                    "expand_conv.": ("conv_pw", "bn1"),
+                    "depthwise_conv.": ("conv_dw", "bn2"),
+                    "linear_conv.": ("conv_pwl", "bn3"),
+                }
+            ),
+        },
+    ),
+    (
+        "",
+        "",
+        {**_SE, **_conv_names({"depthwise_conv.": ("conv_dw", "bn1"), "linear_conv.": ("conv_pw", "bn2")})},
+    ),
+)
+
+
+def timm_block_rules(
+    blocks: Iterable[tuple[str, str]], names: Collection[str], *, ours: bool
+) -> Iterator[KeyRule]:
+    """The rules of inverted residuals, each given by its prefix here and in timm; `names` are of ours, or theirs."""
+    for mine, theirs in blocks:
+        for own_mark, their_mark, table in BLOCK_NAMES:
+            prefix, mark = (mine, own_mark) if ours else (theirs, their_mark)
+            if not mark or prefix + mark in names:
+                yield from rules({mine + name: theirs + other for name, other in table.items()})
+                break
+
+
+def stage_lengths(names: Iterable[str], pattern: str) -> list[int]:
+    """How many blocks each stage has, by the names; `pattern` matches a stage's number and a block's."""
+    lengths: dict[int, int] = {}
+    for name in names:
+        found = re.match(pattern, name)
+        if found is not None:
+            stage, block = int(found.group(1)), int(found.group(2))
+            lengths[stage] = max(lengths.get(stage, 0), block + 1)
+    return [lengths[stage] for stage in sorted(lengths)]
+
+
+def counted_through(lengths: Sequence[int], first_stage: int, prefix: str) -> list[str]:
+    """The prefixes of all blocks in the order of the network."""
+    return [
+        f"{prefix}{first_stage + stage}.{block}."
+        for stage, length in enumerate(lengths)
+        for block in range(length)
+    ]
+
+
+def not_tensorflows(checkpoint: str) -> str | None:
+    """Why weights of this name are not of TensorFlow's EfficientNets, which OpenMMLab's are; None if they may be."""
+    name = checkpoint.rpartition("/")[2]
+    if "efficientnet" not in name or "tf_efficientnet" in name:
+        return None
+    return (
+        "timm's efficientnet_* pad evenly and have batch norms of epsilon 1e-5; only its tf_efficientnet_* are this "
+        "network"
+    )

@@ -6,6 +6,7 @@ nothing is imported. What a target becomes is a `type` of this service, or of a 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,31 +15,81 @@ from rapidfuzz import process
 from service.errors import InvalidConfig, UnknownBackbone
 
 TARGET = "_target_"
+POINTER = "#/backbone"
 MAX_NAME_LENGTH = 128
 YACS_KEY = "MODEL"
 YACS_BUILDER = "detectron2.build_resnet_backbone"
 YACS_SCOPE = "detectron2."
+# Which builders the options are for, by the name without its scope.
+YACS_BUILDERS = {
+    builder.removeprefix(YACS_SCOPE): builder
+    for builder in (
+        YACS_BUILDER,
+        "detectron2.build_resnet_fpn_backbone",
+        "detectron2.build_retinanet_resnet_fpn_backbone",
+    )
+}
+# Backbones inside a backbone, and what else is an object there.
+NESTED_KEYS = ("bottom_up", "net")
+PART_KEYS = ("stem", "stages", "top_block")
+MAX_NESTING = 8
 
 # The file below `modeling/backbone/`, what it defines that is a backbone, and its type.
 BACKBONES = (
     ("detectron2", "resnet", "ResNet", "detectron2.ResNet"),
     ("detectron2", "resnet", "build_resnet_backbone", YACS_BUILDER),
+    ("detectron2", "fpn", "FPN", "detectron2.FPN"),
+    ("detectron2", "fpn", "build_resnet_fpn_backbone", YACS_BUILDERS["build_resnet_fpn_backbone"]),
+    (
+        "detectron2",
+        "fpn",
+        "build_retinanet_resnet_fpn_backbone",
+        YACS_BUILDERS["build_retinanet_resnet_fpn_backbone"],
+    ),
+    ("detectron2", "vit", "ViT", "detectron2.ViT"),
+    ("detectron2", "vit", "SimpleFeaturePyramid", "detectron2.SimpleFeaturePyramid"),
+    ("detectron2", "regnet", "RegNet", "detectron2.RegNet"),
+    ("detectron2", "swin", "SwinTransformer", "detectron2.SwinTransformer"),
+    ("detectron2", "mvit", "MViT", "detectron2.MViT"),
+    ("detrex", "eva", "SimpleFeaturePyramid", "detrex.SimpleFeaturePyramid"),
+    ("detrex", "eva_02", "SimpleFeaturePyramid", "detrex.SimpleFeaturePyramid"),
     ("detrex", "resnet", "ResNet", "detrex.ResNet"),
     ("detrex", "timm_backbone", "TimmBackbone", "detrex.TimmBackbone"),
     ("detrex", "torchvision_backbone", "TorchvisionBackbone", "detrex.TorchvisionBackbone"),
     ("detrex", "torchvision_resnet", "TorchvisionResNet", "detrex.TorchvisionResNet"),
+    ("detrex", "convnext", "ConvNeXt", "detrex.ConvNeXt"),
+    ("detrex", "focalnet", "FocalNet", "detrex.FocalNet"),
+    ("detrex", "internimage", "InternImage", "detrex.InternImage"),
+    ("detrex", "eva", "EVAViT", "detrex.EVAViT"),
+    ("detrex", "eva_02", "EVA02_ViT", "detrex.EVA02_ViT"),
 )
 # The same for what is inside a backbone.
 PARTS = tuple(
     (library, "resnet", name, name)
     for library in ("detectron2", "detrex")
     for name in ("BasicStem", "ResNet.make_default_stages", "ResNet.make_stage", "make_stage")
-)
+) + tuple(("detectron2", "fpn", name, name) for name in ("LastLevelMaxPool", "LastLevelP6P7", "LastLevelP6"))
 BLOCKS = tuple(
     (library, "resnet", name, name)
     for library in ("detectron2", "detrex")
     for name in ("BasicBlock", "BottleneckBlock", "DeformBottleneckBlock")
+) + tuple(
+    ("detectron2", "regnet", name, name)
+    for name in ("SimpleStem", "ResStem", "VanillaBlock", "ResBasicBlock", "ResBottleneckBlock")
 )
+# A layer norm that computes in float32 whatever it is given; what it computes there is the same.
+BLOCKS += (("detrex", "eva", "LayerNormWithForceFP32", "LayerNorm"),)
+# Layers of torch, by the file that defines them.
+LAYERS = {
+    f"torch.nn.{path}{name}": name
+    for file, name in (
+        ("normalization", "LayerNorm"),
+        ("activation", "GELU"),
+        ("activation", "ReLU"),
+        ("activation", "SiLU"),
+    )
+    for path in ("", f"modules.{file}.")
+}
 NORMS = {
     "FrozenBatchNorm2d": "FrozenBN",
     "detectron2.layers.FrozenBatchNorm2d": "FrozenBN",
@@ -63,7 +114,7 @@ def _paths(rows: tuple[tuple[str, str, str, str], ...]) -> Iterator[tuple[str, s
 
 TYPE_OF = dict(_paths(BACKBONES))
 PART_OF = dict(_paths(PARTS))
-CLASS_OF = {**NORMS, **dict(_paths(BLOCKS))}
+CLASS_OF = {**NORMS, **LAYERS, **dict(_paths(BLOCKS))}
 
 
 def short_class(value: Any) -> Any:
@@ -76,20 +127,32 @@ def from_lazyconfig(raw: Any) -> Any:
 
     Raises:
         UnknownBackbone: a `_target_` that is no backbone of this service.
-        InvalidConfig: a part that no backbone has, or yacs options that cannot be read.
+        InvalidConfig: a part that no backbone has, a reference to what is not there, or yacs options that cannot be
+            read.
     """
     if not isinstance(raw, Mapping):
         return raw
+    raw = _typed(_referenced(raw, (), POINTER), POINTER)
+    return _nested_yacs(raw) if _is_yacs(raw) else raw
+
+
+def _typed(raw: Mapping[str, Any], pointer: str) -> Mapping[str, Any]:
+    """A backbone's object with `type` in place of each `_target_`, in the backbones inside it too."""
     if TARGET in raw:
-        raw = _with_type(raw)
-    if _is_yacs(raw):
-        return _nested_yacs(raw)
-    parts = {key: _part(raw[key], f"#/backbone/{key}") for key in ("stem", "stages") if key in raw}
-    return {**raw, **parts} if parts else raw
+        raw = _with_type(raw, f"{pointer}/{TARGET}")
+    found = {key: _part(raw[key], f"{pointer}/{key}") for key in PART_KEYS if key in raw}
+    for key in NESTED_KEYS:
+        if isinstance(raw.get(key), Mapping):
+            if pointer.count("/") > MAX_NESTING:
+                raise InvalidConfig(
+                    f"{pointer}/{key}", f"more than {MAX_NESTING} backbones inside each other"
+                )
+            found[key] = _typed(raw[key], f"{pointer}/{key}")
+    return {**raw, **found} if found else raw
 
 
-def _with_type(raw: Mapping[str, Any]) -> dict[str, Any]:
-    target, pointer = raw[TARGET], f"#/backbone/{TARGET}"
+def _with_type(raw: Mapping[str, Any], pointer: str) -> dict[str, Any]:
+    target = raw[TARGET]
     if "type" in raw:
         raise InvalidConfig(pointer, "give type or _target_, not both")
     _refuse_unreadable(target, pointer)
@@ -97,6 +160,39 @@ def _with_type(raw: Mapping[str, Any]) -> dict[str, Any]:
         near = [found for found, _, _ in process.extract(target, list(TYPE_OF), limit=5, score_cutoff=60)]
         raise UnknownBackbone("backbone", target, near, pointer=pointer)
     return {"type": TYPE_OF[target], **{key: value for key, value in raw.items() if key != TARGET}}
+
+
+# --- references -----------------------------------------------------------------------------------
+
+# OmegaConf's relative reference: one dot is the object that holds it, each more the object around that.
+REFERENCE = re.compile(r"\$\{(\.{1,8})(\w{1,64}(?:\.\w{1,64}){0,7})\}", re.ASCII)
+
+
+def _referenced(
+    raw: Mapping[str, Any], around: tuple[Mapping[str, Any], ...], pointer: str
+) -> Mapping[str, Any]:
+    """An object with the values that its references name, in the backbones and parts inside it too."""
+    within = (*around, raw)
+    found: dict[str, Any] = {}
+    for key, value in raw.items():
+        if isinstance(value, str) and (match := REFERENCE.fullmatch(value)):
+            found[key] = _value_of(match, within, f"{pointer}/{_shown(key)}")
+        elif key in (*NESTED_KEYS, "top_block") and isinstance(value, Mapping) and len(within) <= MAX_NESTING:
+            found[key] = _referenced(value, within, f"{pointer}/{key}")
+    return {**raw, **found} if found else raw
+
+
+def _value_of(match: re.Match[str], within: tuple[Mapping[str, Any], ...], pointer: str) -> Any:
+    levels, path = len(match[1]), match[2].split(".")
+    value: Any = within[-levels] if levels <= len(within) else None
+    for step in path:
+        value = value.get(step) if isinstance(value, Mapping) else None
+    if value is None or isinstance(value, Mapping) or (isinstance(value, str) and REFERENCE.fullmatch(value)):
+        raise InvalidConfig(pointer, f"refers to {match[2]}, which is no value of this config")
+    return value
+
+
+# --- parts ----------------------------------------------------------------------------------------
 
 
 def _refuse_unreadable(target: Any, pointer: str) -> None:
@@ -121,12 +217,7 @@ def _part(raw: Any, pointer: str) -> Any:
 
 
 def _is_yacs(raw: Mapping[str, Any]) -> bool:
-    if raw.get("type") not in (
-        None,
-        YACS_BUILDER,
-        YACS_BUILDER.removeprefix(YACS_SCOPE),
-        "detectron2.ResNet",
-    ):
+    if raw.get("type") not in (None, *YACS_BUILDERS, *YACS_BUILDERS.values(), "detectron2.ResNet"):
         return False
     return any(_is_yacs_key(key) for key in raw) or "opts" in raw or "builder" in raw
 
@@ -149,7 +240,7 @@ def _nested_yacs(raw: Mapping[str, Any]) -> dict[str, Any]:
     for key, value, pointer in (*dotted, *_options(raw.get("opts"))):
         if key != YACS_KEY:
             _put(model, key.split(".")[1:], value, pointer)
-    return {**rest, "type": _builder(raw), YACS_KEY: model}
+    return {**rest, "type": _builder(raw, model), YACS_KEY: model}
 
 
 def _copied(mapping: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,16 +273,22 @@ def _put(model: dict[str, Any], path: list[str], value: Any, pointer: str) -> No
     below[path[-1]] = value
 
 
-def _builder(raw: Mapping[str, Any]) -> str:
-    """The type of a builder's name; the one of ResNet where none is given."""
-    given = raw.get("builder")
+def _builder(raw: Mapping[str, Any], model: Mapping[str, Any]) -> str:
+    """The type of a builder: of `type`, `builder` or `MODEL.BACKBONE.NAME`; that of ResNet where none is given."""
+    given, pointer = raw.get("builder"), "#/backbone/builder"
+    if given is None and raw.get("type") is not None:
+        return YACS_BUILDERS.get(str(raw["type"]).removeprefix(YACS_SCOPE), YACS_BUILDER)
+    if given is None:
+        below = model.get("BACKBONE")
+        given = below.get("NAME") if isinstance(below, Mapping) else None
+        pointer = "#/backbone/MODEL/BACKBONE/NAME"
     if given is None:
         return YACS_BUILDER
-    if given != YACS_BUILDER.removeprefix(YACS_SCOPE):
-        pointer = "#/backbone/builder"
-        _refuse_unreadable(given, pointer)
-        raise UnknownBackbone("builder", given, [YACS_BUILDER.removeprefix(YACS_SCOPE)], pointer=pointer)
-    return YACS_BUILDER
+    _refuse_unreadable(given, pointer)
+    if given not in YACS_BUILDERS:
+        near = [name for name, _, _ in process.extract(given, list(YACS_BUILDERS), limit=5, score_cutoff=60)]
+        raise UnknownBackbone("builder", given, near, pointer=pointer)
+    return YACS_BUILDERS[given]
 
 
 def _shown(key: Any) -> str:

@@ -10,7 +10,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from service.backbones.base import Backbone, CheckpointName, Indices
-from service.backbones.freezing import freeze_report, in_module_order, is_under
 from service.backbones.inverted_residual import (
     BlockSpec,
     ConvSpec,
@@ -25,12 +24,14 @@ from service.backbones.openmmlab import (
     OpenMMLabConfig,
     batch_norm,
     deepest,
+    frozen_with_live_stem_norms,
     make_divisible,
     make_family,
     map_features,
     norm_fault,
     pads_same,
 )
+from service.checkpoints.layouts import KeyLayout, Naming, rules
 from service.config.spec import FeatureInfo, Freeze, FreezeReport, WeightsRef
 from service.errors import InvalidConfig
 
@@ -103,11 +104,9 @@ class MobileNetV2(Backbone):
 
     def frozen(self, freeze: Freeze) -> FreezeReport:
         """OpenMMLab's rule: 0 is `conv1`, k adds `layer1` to `layer{k}`; the norm of `conv1` stays in train mode."""
-        if freeze.stages is None:
-            return freeze_report(self, freeze, ())
-        layers = freeze_report(self, freeze, [f"layer{index}" for index in range(1, freeze.stages + 1)])
-        stem = [name for name, _ in self.named_parameters() if is_under(name, ("conv1",))]
-        return in_module_order(self, freeze, (*stem, *layers.parameters), layers.norms)
+        return frozen_with_live_stem_norms(
+            self, freeze, "conv1", lambda k: [f"layer{index}" for index in range(1, k + 1)]
+        )
 
 
 # --- mmpretrain.MobileNetV2, mmdet.MobileNetV2 ----------------------------------------------------
@@ -175,5 +174,86 @@ def weights_or_pretrained(ref: WeightsRef | None, pretrained: str | None) -> Wei
 
 
 EXAMPLE = {"out_indices": [1, 2, 4, 6]}
-MOBILENET_V2 = make_family(MobileNetV2Config, MobileNetV2, example=EXAMPLE)
-DET_MOBILENET_V2 = make_family(DetMobileNetV2Config, MobileNetV2, example=EXAMPLE)
+_TIMM_PARTS = (("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3"))
+_TIMM_FIRST = (("conv_dw", "bn1"), ("conv_pw", "bn2"))
+_LENGTHS = (1, 2, 3, 4, 3, 3, 1)
+
+
+def _timm_names() -> dict[str, str]:
+    found = {}
+    for ours, theirs, parts in (
+        ("layer1.{b}", "blocks.0.{b}", _TIMM_FIRST),
+        ("layer{s+1}.{b}", "blocks.{s}.{b}", _TIMM_PARTS),
+    ):
+        for index, (weights, norm) in enumerate(parts):
+            found[f"{ours}.conv.{index}.conv.{{leaf}}"] = f"{theirs}.{weights}.{{leaf}}"
+            found[f"{ours}.conv.{index}.bn.{{leaf}}"] = f"{theirs}.{norm}.{{leaf}}"
+    return found
+
+
+def _torchvision_names() -> dict[str, str]:
+    """torchvision counts the blocks through, and leaves a block's last norm beside its convolution."""
+    blocks = [(stage + 1, block) for stage, length in enumerate(_LENGTHS) for block in range(length)]
+    found = {}
+    for place, (stage, block) in enumerate(blocks, 1):
+        last = 1 if stage == 1 else 2
+        for index in range(last):
+            found[f"layer{stage}.{block}.conv.{index}.conv.{{leaf}}"] = (
+                f"features.{place}.conv.{index}.0.{{leaf}}"
+            )
+            found[f"layer{stage}.{block}.conv.{index}.bn.{{leaf}}"] = (
+                f"features.{place}.conv.{index}.1.{{leaf}}"
+            )
+        found[f"layer{stage}.{block}.conv.{last}.conv.{{leaf}}"] = f"features.{place}.conv.{last}.{{leaf}}"
+        found[f"layer{stage}.{block}.conv.{last}.bn.{{leaf}}"] = f"features.{place}.conv.{last + 1}.{{leaf}}"
+    return found
+
+
+# mmdet's blocks name their convolutions; the first does not expand.
+_MMDET_FIRST = ("depthwise_conv", "linear_conv")
+_MMDET_PARTS = ("expand_conv", *_MMDET_FIRST)
+_MMDET_NAMES = {
+    f"{layer}.{{b}}.conv.{index}.{{rest}}": f"{layer}.{{b}}.{part}.{{rest}}"
+    for layer, parts in (("layer1", _MMDET_FIRST), ("layer{s}", _MMDET_PARTS))
+    for index, part in enumerate(parts)
+}
+MOBILENET_V2_NAMES = Naming(
+    "MobileNetV2",
+    own=("mmpretrain",),
+    marks=("conv1.conv.weight", "layer1.0.conv.0.conv.weight", "layer7.0.conv.2.conv.weight"),
+    layouts=(
+        KeyLayout(
+            "timm",
+            rules(
+                {
+                    "conv1.conv.{leaf}": "conv_stem.{leaf}",
+                    "conv1.bn.{leaf}": "bn1.{leaf}",
+                    "conv2.conv.{leaf}": "conv_head.{leaf}",
+                    "conv2.bn.{leaf}": "bn2.{leaf}",
+                    **_timm_names(),
+                }
+            ),
+        ),
+        KeyLayout(
+            "torchvision",
+            rules(
+                {
+                    "conv1.conv.{leaf}": "features.0.0.{leaf}",
+                    "conv1.bn.{leaf}": "features.0.1.{leaf}",
+                    "conv2.conv.{leaf}": "features.18.0.{leaf}",
+                    "conv2.bn.{leaf}": "features.18.1.{leaf}",
+                    **_torchvision_names(),
+                }
+            ),
+        ),
+        KeyLayout(
+            "mmdet", rules({**_MMDET_NAMES, "conv1.{rest}": "conv1.{rest}", "conv2.{rest}": "conv2.{rest}"})
+        ),
+    ),
+)
+
+
+MOBILENET_V2 = make_family(MobileNetV2Config, MobileNetV2, naming=MOBILENET_V2_NAMES, example=EXAMPLE)
+DET_MOBILENET_V2 = make_family(
+    DetMobileNetV2Config, MobileNetV2, naming=MOBILENET_V2_NAMES, library="mmdet", example=EXAMPLE
+)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, NamedTuple
 
@@ -11,7 +11,15 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from service.backbones.base import Backbone, Indices
-from service.backbones.inverted_residual import BlockSpec, ConvSpec, InvertedResidual, SqueezeSpec, conv
+from service.backbones.inverted_residual import (
+    BlockSpec,
+    ConvSpec,
+    InvertedResidual,
+    SqueezeSpec,
+    conv,
+    counted_through,
+    timm_block_rules,
+)
 from service.backbones.norms import NormConfig
 from service.backbones.openmmlab import (
     ActivationSpec,
@@ -27,6 +35,7 @@ from service.backbones.openmmlab import (
     norm_fault,
     pads_same,
 )
+from service.checkpoints.layouts import KeyLayout, KeyRule, Naming, rules
 from service.config.spec import FeatureInfo, Freeze, FreezeReport
 
 RELU, HARDSWISH, GATE = ActivationSpec("relu"), ActivationSpec("hardswish"), ActivationSpec("hard_sigmoid")
@@ -192,9 +201,86 @@ class MobileNetV3Config(OpenMMLabConfig):
         return MobileNetV3Spec(self.arch, layers)
 
 
+# timm counts the blocks of each stride, torchvision and OpenMMLab all of them.
+_TIMM_LENGTHS = {"small": (1, 2, 3, 2, 3), "large": (1, 2, 3, 4, 2, 3)}
+
+
+def _timm_rules(names: Collection[str], ours: bool) -> tuple[KeyRule, ...]:
+    large = ("layer16.conv.weight" if ours else "blocks.6.0.conv.weight") in names
+    theirs = counted_through(_TIMM_LENGTHS["large" if large else "small"], 0, "blocks.")
+    last = f"layer{len(theirs) + 1}."
+    head = "blocks.6.0." if large else "blocks.5.0."
+    pairs = [(f"layer{place}.", block) for place, block in enumerate(theirs, 1)]
+    return (
+        *rules(
+            {
+                "layer0.conv.{leaf}": "conv_stem.{leaf}",
+                "layer0.bn.{leaf}": "bn1.{leaf}",
+                last + "conv.{leaf}": head + "conv.{leaf}",
+                last + "bn.{leaf}": head + "bn1.{leaf}",
+            }
+        ),
+        *timm_block_rules(pairs, names, ours=ours),
+    )
+
+
+def _torchvision_rules(names: Collection[str], ours: bool) -> tuple[KeyRule, ...]:
+    large = ("layer16.conv.weight" if ours else "features.16.0.weight") in names
+    blocks = sum(_TIMM_LENGTHS["large" if large else "small"])
+    found: dict[str, str] = {}
+    for place, layer in ((0, 0), (blocks + 1, blocks + 1)):
+        found |= _conv_with_norm(f"layer{layer}.", f"features.{place}.")
+    for place in range(1, blocks + 1):
+        mine, theirs = f"layer{place}.", f"features.{place}.block."
+        parts = _parts(mine, names) if ours else _torchvision_parts(theirs, names)
+        for index, part in enumerate(parts):
+            if part == "se":
+                found |= {
+                    f"{mine}se.conv{k}.conv.{{leaf}}": f"{theirs}{index}.fc{k}.{{leaf}}" for k in (1, 2)
+                }
+            else:
+                found |= _conv_with_norm(f"{mine}{part}.", f"{theirs}{index}.")
+    return rules(found)
+
+
+def _conv_with_norm(ours: str, theirs: str) -> dict[str, str]:
+    return {f"{ours}conv.{{leaf}}": f"{theirs}0.{{leaf}}", f"{ours}bn.{{leaf}}": f"{theirs}1.{{leaf}}"}
+
+
+def _parts(prefix: str, names: Collection[str]) -> list[str]:
+    """The parts of one of our blocks, in the order in which they are applied."""
+    order = ("expand_conv", "depthwise_conv", "se", "linear_conv")
+    return [part for part in order if any(name.startswith(f"{prefix}{part}.") for name in names)]
+
+
+def _torchvision_parts(prefix: str, names: Collection[str]) -> list[str]:
+    """The same of one of torchvision's blocks: only squeeze-and-excitation has other names than the rest."""
+    present = {int(name.removeprefix(prefix).split(".")[0]) for name in names if name.startswith(prefix)}
+    excited = {place for place in present if f"{prefix}{place}.fc1.weight" in names}
+    convolutions = ["expand_conv", "depthwise_conv", "linear_conv"][3 - len(present - excited) :]
+    named = iter(convolutions)
+    return ["se" if place in excited else next(named) for place in sorted(present)]
+
+
+MOBILENET_V3_NAMES = Naming(
+    "MobileNetV3",
+    own=("mmpretrain",),
+    marks=("layer0.conv.weight", "layer1.depthwise_conv.conv.weight", "layer11.expand_conv.conv.weight"),
+    layouts=(
+        KeyLayout("torchvision", _torchvision_rules),
+        KeyLayout(
+            "timm",
+            _timm_rules,
+            differs="timm's MobileNetV3 has batch norms of epsilon 1e-5, OpenMMLab's and torchvision's of 1e-3",
+        ),
+    ),
+)
+
+
 MOBILENET_V3 = make_family(
     MobileNetV3Config,
     MobileNetV3,
     example={"arch": "small", "out_indices": [3, 8, 11]},
     architectures=tuple(ARCHS),
+    naming=MOBILENET_V3_NAMES,
 )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -31,6 +32,7 @@ from service.backbones.openmmlab import (
     pads_same,
 )
 from service.backbones.vision_transformer import MAX_PATCHES, Size, TransformerLayer, VisionTransformerSpec
+from service.checkpoints.layouts import KeyLayout, KeyRule, Naming, below, rules
 from service.config.spec import Description, FeatureInfo, Freeze, FreezeReport, Level
 from service.errors import TooLarge
 
@@ -171,8 +173,16 @@ class MobileViT(Backbone):
         return {node: found[node] for node in nodes}
 
     def frozen(self, freeze: Freeze) -> FreezeReport:
-        """mmpretrain's rule: k freezes the first k layers, never the stem."""
-        return frozen_by_stage(self, freeze, lambda k: [f"layers.{layer}" for layer in range(k)])
+        """mmpretrain's rule: k freezes the first k layers, never the stem.
+
+        `norm_cfg` is of the stem and the last convolution only, and so is its `requires_grad`.
+        """
+        return frozen_by_stage(
+            self,
+            freeze,
+            lambda k: [f"layers.{layer}" for layer in range(k)],
+            configured=("stem", "conv_1x1_exp"),
+        )
 
 
 # --- mmpretrain.MobileViT = mmcls.MobileViT -------------------------------------------------------
@@ -224,9 +234,65 @@ class MobileViTConfig(OpenMMLabConfig):
         return levels_by_index(within or self.out_indices, description.features)
 
 
+_TIMM_NAMES = {
+    "stem.{rest}": "stem.{rest}",
+    **below(
+        "layers.{s}.{b}.",
+        "stages.{s}.{b}.",
+        {
+            "conv.0.{rest}": "conv1_1x1.{rest}",
+            "conv.1.{rest}": "conv2_kxk.{rest}",
+            "conv.2.{rest}": "conv3_1x1.{rest}",
+            "local_rep.0.{rest}": "conv_kxk.{rest}",
+            "local_rep.1.conv.{leaf}": "conv_1x1.{leaf}",
+            "global_rep.{i}.ln{k}.{leaf}": "transformer.{i}.norm{k}.{leaf}",
+            "global_rep.{i}.attn.{rest}": "transformer.{i}.attn.{rest}",
+            "global_rep.{i}.ffn.layers.0.0.{leaf}": "transformer.{i}.mlp.fc1.{leaf}",
+            "global_rep.{i}.ffn.layers.1.{leaf}": "transformer.{i}.mlp.fc2.{leaf}",
+            "conv_proj.{rest}": "conv_proj.{rest}",
+            "conv_fusion.{rest}": "conv_fusion.{rest}",
+        },
+    ),
+    "conv_1x1_exp.{rest}": "final_conv.{rest}",
+}
+_TRANSFORMER = (
+    re.compile(r"layers\.(\d+)\.(\d+)\.global_rep\.(\d+)\.ln1\.weight"),
+    re.compile(r"stages\.(\d+)\.(\d+)\.transformer\.(\d+)\.norm1\.weight"),
+)
+
+
+def _timm_rules(names: Collection[str], ours: bool) -> tuple[KeyRule, ...]:
+    """The norm behind the transformers is one more of them here, and has a name of its own in timm."""
+    counts: dict[tuple[str, str], int] = {}
+    for name in names:
+        found = _TRANSFORMER[0 if ours else 1].fullmatch(name)
+        if found is not None:
+            place = found[1], found[2]
+            counts[place] = max(counts.get(place, 0), int(found[3]) + 1)
+    norms = {
+        f"layers.{stage}.{block}.global_rep.{count}.{{leaf}}": f"stages.{stage}.{block}.norm.{{leaf}}"
+        for (stage, block), count in counts.items()
+    }
+    return rules({**_TIMM_NAMES, **norms})
+
+
+MOBILEVIT_NAMES = Naming(
+    "MobileViT",
+    own=("mmpretrain",),
+    marks=(
+        "stem.conv.weight",
+        "layers.0.0.conv.0.conv.weight",
+        "layers.2.1.global_rep.0.ln1.weight",
+        "layers.2.1.conv_fusion.conv.weight",
+    ),
+    layouts=(KeyLayout("timm", _timm_rules),),
+)
+
+
 MOBILEVIT = make_family(
     MobileViTConfig,
     MobileViT,
     example={"arch": "small", "out_indices": [1, 2, 3, 4]},
     architectures=tuple(ARCHS),
+    naming=MOBILEVIT_NAMES,
 )

@@ -26,7 +26,7 @@ KINDS: dict[str, NormKind] = {
     "GN": "gn",
     "LN": "ln",
 }
-Eps = Annotated[float, Field(gt=0, le=1)]
+Eps = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from service.backbones import building
 from service.backbones.base import Backbone, BackboneConfig, Family, Indices, levels_by_index
-from service.backbones.freezing import freeze_report
+from service.backbones.freezing import freeze_report, in_module_order, is_under
 from service.backbones.norms import NORMS, NormConfig, NormSpec, make_norm
+from service.checkpoints.layouts import Naming
 from service.checkpoints.load import load_strict, never
 from service.config.spec import (
     Description,
@@ -32,7 +33,18 @@ if TYPE_CHECKING:
     from service.checkpoints.read import StateDict
 
 Activation = Literal[
-    "relu", "relu6", "leaky_relu", "hardswish", "hard_sigmoid", "silu", "gelu", "sigmoid", "none"
+    "relu",
+    "relu6",
+    "leaky_relu",
+    "elu",
+    "hardswish",
+    "hard_sigmoid",
+    "silu",
+    "swish",
+    "gelu",
+    "sigmoid",
+    "tanh",
+    "none",
 ]
 
 
@@ -65,14 +77,25 @@ class HardSigmoid(nn.Module):
         return ((maps + self.bias) / self.divisor).clamp(0, 1)
 
 
+class Swish(nn.Module):
+    """SiLU in mmcv's two steps: deep networks with gates enlarge what one step rounds differently."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Any shape to the same shape."""
+        return maps * torch.sigmoid(maps)
+
+
 ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "relu6": nn.ReLU6,
+    "elu": nn.ELU,
     "hardswish": nn.Hardswish,
     "hard_sigmoid": HardSigmoid,
     "silu": nn.SiLU,
+    "swish": Swish,
     "gelu": nn.GELU,
     "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
     "none": nn.Identity,
 }
 
@@ -196,9 +219,13 @@ ACTIVATION_NAMES: dict[str, Activation] = {
     "LeakyReLU": "leaky_relu",
     "HSwish": "hardswish",
     "Hardswish": "hardswish",
-    "Swish": "silu",
+    "Swish": "swish",
     "SiLU": "silu",
     "GELU": "gelu",
+    "ELU": "elu",
+    "Sigmoid": "sigmoid",
+    "HSigmoid": "hard_sigmoid",
+    "Tanh": "tanh",
 }
 
 
@@ -207,7 +234,20 @@ class ActivationConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    type: Literal["ReLU", "ReLU6", "LeakyReLU", "HSwish", "Hardswish", "Swish", "SiLU", "GELU"]
+    type: Literal[
+        "ReLU",
+        "ReLU6",
+        "LeakyReLU",
+        "HSwish",
+        "Hardswish",
+        "Swish",
+        "SiLU",
+        "GELU",
+        "ELU",
+        "Sigmoid",
+        "HSigmoid",
+        "Tanh",
+    ]
     negative_slope: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="LeakyReLU only.")
     inplace: bool | None = Field(None, description="Saves memory; changes nothing here.")
 
@@ -224,6 +264,14 @@ class ConvConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     type: Literal["Conv2d", "Conv", "Conv2dAdaptivePadding"]
+
+
+class PlainConvConfig(BaseModel):
+    """OpenMMLab's `conv_cfg` where only the plain convolution is served."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    type: Literal["Conv2d", "Conv"]
 
 
 def pads_same(config: ConvConfig | None) -> bool:
@@ -244,13 +292,10 @@ class Spec(Protocol):
         """What the network gives."""
 
 
-class SharedConfig(BackboneConfig):
-    """The keys that all of OpenMMLab's backbones have in common. `NETWORK` names what scopes share."""
+class SpecConfig(BackboneConfig):
+    """A config that has a neutral spelling. `NETWORK` names the network that scopes share."""
 
     NETWORK: ClassVar[str]
-
-    norm_eval: bool = Field(False, description="True keeps every batch norm in eval mode.")
-    with_cp: bool = Field(False, description="Saves memory in training; changes nothing here.")
 
     @abstractmethod
     def spec(self) -> Spec:
@@ -259,6 +304,13 @@ class SharedConfig(BackboneConfig):
     def architecture(self) -> dict[str, Any]:
         """The neutral spelling, so that what only training or the reply reads makes no second model."""
         return {"type": self.NETWORK, **asdict(self.spec())}
+
+
+class SharedConfig(SpecConfig):
+    """The keys that all of OpenMMLab's backbones have in common."""
+
+    norm_eval: bool = Field(False, description="True keeps every batch norm in eval mode.")
+    with_cp: bool = Field(False, description="Saves memory in training; changes nothing here.")
 
     def freeze(self) -> Freeze:
         """OpenMMLab's `norm_eval` and `norm_cfg.requires_grad`."""
@@ -313,13 +365,50 @@ def named_arch(names: Iterable[str], *, fold: bool = True) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+MAX_EQUALS = 64
+
+
+def _one_of_equals(value: Any) -> Any:
+    if not isinstance(value, (list, tuple)):
+        return value
+    if not 0 < len(value) <= MAX_EQUALS or any(other != value[0] for other in value):
+        raise ValueError(
+            f"a list has 1 to {MAX_EQUALS} entries, which are all the same; no others are served"
+        )
+    return value[0]
+
+
+# Of an object that all layers or stages have: a list with one for each is taken where these are the same.
+OneForAll = BeforeValidator(_one_of_equals)
+
+
 # --- families -------------------------------------------------------------------------------------
 
 
-def frozen_by_stage(network: Backbone, freeze: Freeze, names: Callable[[int], Sequence[str]]) -> FreezeReport:
-    """The report of a family that freezes `names(k)` for `frozen_stages` k, and nothing below 0."""
+def frozen_by_stage(
+    network: Backbone,
+    freeze: Freeze,
+    names: Callable[[int], Sequence[str]],
+    *,
+    configured: Sequence[str] | None = None,
+) -> FreezeReport:
+    """The report of a family that freezes `names(k)` for `frozen_stages` k, and nothing below 0.
+
+    `configured` names the modules whose norms follow `norm_cfg`; None is the network.
+    """
     stages = freeze.stages
-    return freeze_report(network, freeze, () if stages is None else names(stages))
+    return freeze_report(network, freeze, () if stages is None else names(stages), configured=configured)
+
+
+def frozen_with_live_stem_norms(
+    network: Backbone, freeze: Freeze, stem: str, names: Callable[[int], Sequence[str]]
+) -> FreezeReport:
+    """The same, where `stem` loses its gradient from 0 on and its norms stay in train mode."""
+    layers = frozen_by_stage(network, freeze, names)
+    if freeze.stages is None:
+        return layers
+    first = [name for name, _ in network.named_parameters() if is_under(name, (stem,))]
+    return in_module_order(network, freeze, (*first, *layers.parameters), layers.norms)
 
 
 def map_features(channels: Sequence[int], strides: Sequence[int]) -> tuple[FeatureInfo, ...]:
@@ -333,7 +422,7 @@ def deepest(nodes: Sequence[str]) -> int:
     return max(int(node) for node in nodes)
 
 
-C = TypeVar("C", bound=SharedConfig)
+C = TypeVar("C", bound=SpecConfig)
 B = TypeVar("B", bound=Backbone)
 
 
@@ -347,15 +436,16 @@ def allocated(make: Callable[[], B]) -> B:
 
 
 def settle_computed(network: nn.Module, state: StateDict, keys: LoadedKeys) -> LoadedKeys:
-    """`keys` with what the file has of the computed buffers counted as loaded, where the numbers are equal."""
+    """`keys` with what the file has of the computed buffers counted as loaded, where the numbers are those."""
     kept = set(network.state_dict())
-    computed = {name: buffer for name, buffer in network.named_buffers() if name not in kept}
+    buffers = network.named_buffers(remove_duplicate=False)
+    computed = {name: buffer for name, buffer in buffers if name not in kept}
     same = {
         name
         for name in keys.unexpected
         if (buffer := computed.get(name.removeprefix(keys.prefix))) is not None
         and buffer.shape == state[name].shape
-        and torch.equal(buffer.double(), state[name].double())
+        and torch.allclose(buffer.double(), state[name].double(), rtol=1e-5, atol=1e-6)
     }
     unexpected = tuple(name for name in keys.unexpected if name not in same)
     return replace(keys, loaded=keys.loaded + len(same), unexpected=unexpected)
@@ -369,6 +459,10 @@ def _all_needed(config: Any, state: StateDict) -> Callable[[str], bool]:  # noqa
     return never
 
 
+def _no_tokens(spec: Any) -> int:  # noqa: ARG001 - maps have none
+    return 0
+
+
 def make_family(
     config: type[C],
     network: Callable[[Any], B],
@@ -377,6 +471,9 @@ def make_family(
     architectures: Sequence[str] = (),
     adapt: Callable[[C, StateDict], StateDict] = _as_written,
     optional: Callable[[C, StateDict], Callable[[str], bool]] = _all_needed,
+    prefix_tokens: Callable[[Any], int] = _no_tokens,
+    naming: Naming | None = None,
+    library: str = "",
 ) -> Family[C]:
     """The family of a network that is built from its config's `spec()`.
 
@@ -387,6 +484,9 @@ def make_family(
         architectures: names for the documentation.
         adapt: a file's tensors by the network's names and shapes.
         optional: which entries a file may leave out; they start at 1 and 0 as norms do.
+        prefix_tokens: how many tokens come before those of the patches, by the spec.
+        naming: the names of the weights in other libraries.
+        library: which of these names the network has; the first of them where it is empty.
     """
 
     def describe(given: C) -> Description:
@@ -396,6 +496,7 @@ def make_family(
             spec.features(),
             in_channels=spec.in_channels,
             input_defaults=given.input_defaults(),
+            prefix_tokens=prefix_tokens(spec),
         )
 
     def build(given: C) -> B:
@@ -421,4 +522,6 @@ def make_family(
         load=load,
         example=lambda type_name: {"type": type_name, **example},
         architectures=lambda type_name: architectures,  # noqa: ARG005 - the same for every spelling
+        naming=naming,
+        library=library,
     )

@@ -52,5 +52,7 @@ def _is_output_norm(name: str) -> bool:
 def _top_level(name: str) -> re.Match[str] | None:
     # `backbone.norm0.weight` is an output norm, `stages.0.blocks.0.norm1.weight` is not.
     return (
-        None if re.search(r"(?:^|\.)(?:blocks|layers|stages)\.\d+\.", name) else OUTPUT_NORM.fullmatch(name)
+        None
+        if re.search(r"(?:^|\.)(?:blocks|layers|network|stages)\.\d+\.", name)
+        else OUTPUT_NORM.fullmatch(name)
     )

@@ -26,6 +26,7 @@ from service.backbones.openmmlab import (
     norm_fault,
 )
 from service.backbones.output_norms import asked_stages, may_lack_output_norms, without_output_norms
+from service.checkpoints.layouts import KeyLayout, Naming, rules
 from service.config.spec import FeatureInfo, Freeze, FreezeReport
 
 if TYPE_CHECKING:
@@ -286,10 +287,43 @@ def may_lack_norms(config: FormerConfig, state: StateDict) -> Callable[[str], bo
     return may_lack_output_norms(state, last=2 * len(config.plan()[1]) - 2)
 
 
+POOLFORMER_NAMES = Naming(
+    "PoolFormer",
+    own=("mmpretrain",),
+    marks=("patch_embed.proj.weight", "network.0.0.layer_scale_1", "network.6.0.mlp.fc1.weight"),
+    layouts=(
+        KeyLayout(
+            "timm",
+            rules(
+                {
+                    "patch_embed.proj.{leaf}": "stem.conv.{leaf}",
+                    "norm6.{leaf}": "head.norm.{leaf}",
+                    **{
+                        f"network.{2 * s - 1}.proj.{{leaf}}": f"stages.{s}.downsample.conv.{{leaf}}"
+                        for s in (1, 2, 3)
+                    },
+                    **{
+                        f"network.{2 * s}.{{b}}.layer_scale_{k}": f"stages.{s}.blocks.{{b}}.layer_scale{k}.scale"
+                        for s in range(4)
+                        for k in (1, 2)
+                    },
+                    **{
+                        f"network.{2 * s}.{{b}}.{part}.{{leaf}}": f"stages.{s}.blocks.{{b}}.{part}.{{leaf}}"
+                        for s in range(4)
+                        for part in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")
+                    },
+                }
+            ),
+        ),
+    ),
+)
+
+
 POOLFORMER = make_family(
     PoolFormerConfig,
     PoolFormer,
     example={"arch": "s12", "out_indices": [0, 2, 4, 6]},
     architectures=tuple(ARCHS),
     optional=may_lack_norms,
+    naming=POOLFORMER_NAMES,
 )

@@ -116,7 +116,7 @@ class Registry(Generic[F]):
             raise UnknownBackbone(self._noun, name[:MAX_TYPE_LENGTH], self.nearest(name), pointer=pointer)
         if entry.unsupported is not None:
             raise InvalidConfig(pointer, f"{entry.type} is not served: {entry.unsupported}")
-        scope = name.partition(".")[0] if "." in name else entry.scope
+        scope = name.partition(".")[0] if "." in name else _scope_of(entry, name)
         return Resolved(entry, self._family(entry, pointer), entry.type + tag, scope)
 
     def _tagged(self, name: str) -> tuple[TypeEntry | None, str]:
@@ -159,6 +159,12 @@ class Registry(Generic[F]):
         if not isinstance(family, self._family_class):
             raise TypeError(f"{entry.family} is not a {self._family_class.__name__}")
         return family
+
+
+def _scope_of(entry: TypeEntry, bare_name: str) -> str:
+    """The scope in which a type has this name: its own, or that of a former name."""
+    names = (entry.type, *entry.aliases)
+    return next(name for name in names if name.partition(".")[2] == bare_name).partition(".")[0]
 
 
 def _third_party(group: str | None) -> list[TypeEntry]:

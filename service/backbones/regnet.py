@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from service.backbones.openmmlab_detection import DetectionKeys
 from service.backbones.resnet import Channels, ResidualConfig, ResNetSpec, StageStrides, StemKind, family
+from service.checkpoints.layouts import KeyLayout, Naming, rules
 
 DIVISOR = 8
 MAX_STAGES = 4
@@ -145,6 +146,9 @@ class RegNetKeys(ResidualConfig):
             pool_at_stride_1=self.avg_down and self.POOL_AT_STRIDE_1,
             stride_on_1x1=self.style == "caffe",
             norm=self.norm_cfg.spec(),
+            standardises_weights=self.standardises_weights(),
+            deform=self.deform(),
+            plugins=self.plugin_specs(),
         )
 
 
@@ -162,6 +166,8 @@ class DetectionRegNetKeys(DetectionKeys, RegNetKeys):
     """`mmdet.RegNet`."""
 
     TYPE: ClassVar[str] = "mmdet.RegNet"
+    HAS_DEFORMABLE: ClassVar[bool] = True
+    HAS_PLUGINS: ClassVar[bool] = True
 
     stem_channels: Channels = 32
     base_channels: Channels = Field(32, description="Not used by RegNet.")
@@ -173,5 +179,46 @@ class DetectionRegNetKeys(DetectionKeys, RegNetKeys):
         return math.floor(stage.width * (stage.group_width / stage.width)) * stage.groups
 
 
-REGNET = family(PretrainRegNetKeys, choice="arch", choices=tuple(ARCHITECTURES))
-MMDET_REGNET = family(DetectionRegNetKeys, choice="arch", choices=tuple(ARCHITECTURES))
+TORCHVISION_PARTS = {
+    "downsample.0": "proj.0", "downsample.1": "proj.1",
+    "conv1": "f.a.0", "bn1": "f.a.1", "conv2": "f.b.0", "bn2": "f.b.1", "conv3": "f.c.0", "bn3": "f.c.1",
+}  # fmt: skip
+REGNET_NAMES = Naming(
+    "RegNet",
+    own=("mmpretrain", "mmdet"),
+    marks=("conv1.weight", "layer1.0.conv3.weight", "layer1.0.downsample.0.weight", "layer4.0.conv3.weight"),
+    stem_kernel=("conv1.weight", 3),
+    layouts=(
+        KeyLayout(
+            "timm",
+            rules(
+                {
+                    "conv1.{leaf}": "stem.conv.{leaf}",
+                    "bn1.{leaf}": "stem.bn.{leaf}",
+                    "layer{s}.{b}.conv{k}.{leaf}": "s{s}.b{b+1}.conv{k}.conv.{leaf}",
+                    "layer{s}.{b}.bn{k}.{leaf}": "s{s}.b{b+1}.conv{k}.bn.{leaf}",
+                    "layer{s}.{b}.downsample.0.{leaf}": "s{s}.b{b+1}.downsample.conv.{leaf}",
+                    "layer{s}.{b}.downsample.1.{leaf}": "s{s}.b{b+1}.downsample.bn.{leaf}",
+                }
+            ),
+        ),
+        KeyLayout(
+            "torchvision",
+            rules(
+                {
+                    "conv1.{leaf}": "stem.0.{leaf}",
+                    "bn1.{leaf}": "stem.1.{leaf}",
+                    **{
+                        f"layer{s}.{{b}}.{ours}.{{leaf}}": f"trunk_output.block{s}.block{s}-{{b}}.{theirs}.{{leaf}}"
+                        for s in range(1, 5)
+                        for ours, theirs in TORCHVISION_PARTS.items()
+                    },
+                }
+            ),
+        ),
+    ),
+)
+
+
+REGNET = family(PretrainRegNetKeys, naming=REGNET_NAMES, choice="arch", choices=tuple(ARCHITECTURES))
+MMDET_REGNET = family(DetectionRegNetKeys, naming=REGNET_NAMES, choice="arch", choices=tuple(ARCHITECTURES))

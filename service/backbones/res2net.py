@@ -22,9 +22,10 @@ from service.backbones.resnet import (
     ResNetSpec,
     bottleneck_strides,
     conv1x1,
-    conv3x3,
     family,
+    middle,
 )
+from service.checkpoints.layouts import Naming
 
 BottleneckDepth = Literal[50, 101, 152]
 
@@ -67,7 +68,7 @@ class Res2NetBlock(nn.Module):
         self.pool = nn.AvgPool2d(3, stride=second, padding=1) if pools else nn.Identity()
         slices = range(scales.count - 1)
         self.convs = nn.ModuleList(
-            conv3x3(self.width, self.width, stride=second, dilation=dilation) for _ in slices
+            middle(spec, place, self.width, stride=second, dilation=dilation) for _ in slices
         )
         self.bns = nn.ModuleList(make_norm(spec.norm, self.width) for _ in slices)
 
@@ -149,12 +150,24 @@ class DetectionRes2NetKeys(DetectionKeys, Res2NetKeys):
     """`mmdet.Res2Net`, which has one style, stem and shortcut whatever its keys say."""
 
     TYPE: ClassVar[str] = "mmdet.Res2Net"
+    HAS_DEFORMABLE: ClassVar[bool] = True
     SLICE_POOL_AT_STRIDE_1: ClassVar[bool] = False
 
     style: Literal["pytorch"] = "pytorch"
     deep_stem: Literal[True] = True
     avg_down: Literal[True] = True
 
+    def middle_widths(self) -> tuple[int, ...]:
+        """Channels of what may be deformable, by stage."""
+        return self.slices().widths
 
-RES2NET = family(PretrainRes2NetKeys, choices=BOTTLENECK_DEPTHS)
-MMDET_RES2NET = family(DetectionRes2NetKeys, choices=BOTTLENECK_DEPTHS)
+
+RES2NET_NAMES = Naming(
+    "Res2Net",
+    own=("mmpretrain", "mmdet", "timm"),
+    marks=("conv1.weight", "layer1.0.convs.0.weight", "layer4.0.convs.0.weight"),
+)
+
+
+RES2NET = family(PretrainRes2NetKeys, naming=RES2NET_NAMES, choices=BOTTLENECK_DEPTHS)
+MMDET_RES2NET = family(DetectionRes2NetKeys, naming=RES2NET_NAMES, choices=BOTTLENECK_DEPTHS)

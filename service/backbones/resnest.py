@@ -22,7 +22,12 @@ from service.backbones.resnet import (
     conv3x3,
     family,
 )
-from service.backbones.resnet_variants import DetectionGroupKeys, GroupKeys, PretrainGroupKeys
+from service.backbones.resnet_variants import (
+    RESNEST_NAMES,
+    DetectionGroupKeys,
+    GroupKeys,
+    PretrainGroupKeys,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,10 @@ class SplitSpec:
         return max(channels * self.radix // self.reduction, 32)
 
 
+class AttentionConv2d(nn.Conv2d):
+    """A convolution of the attention, which is plain whatever `conv_cfg` says."""
+
+
 class SplitAttention(nn.Module):
     """A grouped 3x3 of `radix` splits, summed with weights that their means say; keys as in both libraries."""
 
@@ -49,9 +58,9 @@ class SplitAttention(nn.Module):
         squeezed, wide = split.squeezed(channels), channels * split.radix
         self.conv = conv3x3(channels, wide, stride=stride, dilation=dilation, groups=groups * split.radix)
         self.add_module(f"{norm.kind}0", make_norm(norm, wide))
-        self.fc1 = conv1x1(channels, squeezed, groups=groups, bias=True)
+        self.fc1 = AttentionConv2d(channels, squeezed, 1, groups=groups)
         self.add_module(f"{norm.kind}1", make_norm(norm, squeezed))
-        self.fc2 = conv1x1(squeezed, wide, groups=groups, bias=True)
+        self.fc2 = AttentionConv2d(squeezed, wide, 1, groups=groups)
 
     def forward(self, maps: Tensor) -> Tensor:
         """[n, c, h, w] to [n, c, h / stride, w / stride]."""
@@ -173,5 +182,7 @@ class DetectionResNeStKeys(DetectionGroupKeys, ResNeStKeys):
     avg_down: Literal[True] = True
 
 
-RESNEST = family(PretrainResNeStKeys, choices=(*BOTTLENECK_DEPTHS, 200, 269))
-MMDET_RESNEST = family(DetectionResNeStKeys, choices=(*BOTTLENECK_DEPTHS, 200))
+RESNEST = family(PretrainResNeStKeys, naming=RESNEST_NAMES, choices=(*BOTTLENECK_DEPTHS, 200, 269))
+MMDET_RESNEST = family(
+    DetectionResNeStKeys, naming=RESNEST_NAMES, library="mmdet", choices=(*BOTTLENECK_DEPTHS, 200)
+)

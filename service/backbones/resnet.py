@@ -28,8 +28,12 @@ from service.backbones.base import (
     levels_by_index,
     levels_by_stride,
 )
-from service.backbones.freezing import freeze_report
+from service.backbones.block_plugins import BlockPlugin, PluginSpec, make_plugin
+from service.backbones.deformable import DeformConv2d, DeformSpec
+from service.backbones.freezing import freeze_report, is_under, norm_names
 from service.backbones.norms import BATCH_NORM, NORMS, NormConfig, NormSpec, make_norm
+from service.backbones.standardised import standardise_weights
+from service.checkpoints.layouts import KeyLayout, Naming, rules
 from service.checkpoints.load import load_strict
 from service.checkpoints.published import style_of
 from service.config.spec import Description, FeatureInfo, Freeze, FreezeReport, Level, LoadedKeys, WeightsRef
@@ -84,7 +88,8 @@ class ResNetSpec:
     `groups` those of a bottleneck's 3x3. `stride_on_1x1` is OpenMMLab's `style="caffe"`: a bottleneck strides
     on its first 1x1 convolution instead of its 3x3. `pool_at_stride_1`: with `avg_down`, a shortcut that does
     not stride has its (idle) pool too, which shifts the names after it. `stem_is_level`: feature 0 is the stem,
-    before its max-pool, and the stages count from 1.
+    before its max-pool, and the stages count from 1. `standardises_weights` is `conv_cfg=dict(type="ConvWS")`;
+    `deform` and `plugins` are of bottlenecks.
     """
 
     block: BlockKind
@@ -102,6 +107,9 @@ class ResNetSpec:
     stride_on_1x1: bool = False
     stem_is_level: bool = False
     norm: NormSpec = BATCH_NORM
+    standardises_weights: bool = False
+    deform: DeformSpec | None = None
+    plugins: tuple[PluginSpec, ...] = ()
 
     def features(self) -> tuple[FeatureInfo, ...]:
         """One feature a stage, and the stem where it is a level; a node is its index."""
@@ -151,7 +159,11 @@ class ResidualBlock(nn.Module):
     """Convolutions and norms `conv1, bn1, conv2, …` around a shortcut; a norm's key starts with its kind."""
 
     def __init__(
-        self, convolutions: Sequence[nn.Conv2d], norm: NormSpec, downsample: nn.Module | None
+        self,
+        convolutions: Sequence[nn.Conv2d],
+        norm: NormSpec,
+        downsample: nn.Module | None,
+        plugins: Sequence[PluginSpec] = (),
     ) -> None:
         super().__init__()
         self._steps: list[tuple[str, str]] = []
@@ -161,19 +173,41 @@ class ResidualBlock(nn.Module):
             self.add_module(names[1], make_norm(norm, convolution.out_channels))
             self._steps.append(names)
         self.downsample = downsample
+        channels = {name: getattr(self, name).out_channels for name, _ in self._steps}
+        self._plugins = add_plugins(self, plugins, channels)
 
     def residual(self, maps: Tensor) -> Tensor:
         """What is added to the shortcut."""
         for conv_name, norm_name in self._steps[:-1]:
             maps = torch.relu_(getattr(self, norm_name)(getattr(self, conv_name)(maps)))
+            maps = plugged(self, self._plugins.get(conv_name, ()), maps)
         conv_name, norm_name = self._steps[-1]
         normed: Tensor = getattr(self, norm_name)(getattr(self, conv_name)(maps))
-        return normed
+        return plugged(self, self._plugins.get(conv_name, ()), normed)
 
     def forward(self, maps: Tensor) -> Tensor:
         """[n, inputs, h, w] to [n, outputs, h / stride, w / stride]."""
         shortcut = maps if self.downsample is None else self.downsample(maps)
         return torch.relu_(self.residual(maps) + shortcut)
+
+
+def add_plugins(
+    block: nn.Module, plugins: Sequence[PluginSpec], channels: Mapping[str, int]
+) -> dict[str, list[str]]:
+    """Put plugins into a block; returns their names by that of the convolution that each comes after."""
+    names: dict[str, list[str]] = {}
+    for plugin in plugins:
+        before = plugin.position.removeprefix("after_")
+        block.add_module(plugin.name, make_plugin(plugin, channels[before]))
+        names.setdefault(before, []).append(plugin.name)
+    return names
+
+
+def plugged(block: nn.Module, names: Sequence[str], maps: Tensor) -> Tensor:
+    """`maps` through these plugins of a block."""
+    for name in names:
+        maps = getattr(block, name)(maps)
+    return maps
 
 
 def _basic(spec: ResNetSpec, place: Place) -> list[nn.Conv2d]:
@@ -190,9 +224,18 @@ def _bottleneck(spec: ResNetSpec, place: Place) -> list[nn.Conv2d]:
     first, second = bottleneck_strides(spec, place)
     return [
         conv1x1(place.inputs, width, stride=first),
-        conv3x3(width, width, stride=second, dilation=dilation, groups=spec.groups[place.stage]),
+        middle(spec, place, width, stride=second, dilation=dilation, groups=spec.groups[place.stage]),
         conv1x1(width, spec.widths[place.stage]),
     ]
+
+
+def middle(
+    spec: ResNetSpec, place: Place, width: int, *, stride: int, dilation: int, groups: int = 1
+) -> nn.Conv2d:
+    """A bottleneck's 3x3, deformable where the spec says so."""
+    if spec.deform is not None and spec.deform.is_at(place.stage, first=place.first):
+        return DeformConv2d(width, width, spec.deform, stride=stride, dilation=dilation, groups=groups)
+    return conv3x3(width, width, stride=stride, dilation=dilation, groups=groups)
 
 
 def bottleneck_strides(spec: ResNetSpec, place: Place) -> tuple[int, int]:
@@ -203,7 +246,7 @@ def bottleneck_strides(spec: ResNetSpec, place: Place) -> tuple[int, int]:
 CONVOLUTIONS = {"basic": _basic, "bottleneck": _bottleneck}
 
 
-def _downsample(spec: ResNetSpec, place: Place) -> nn.Module | None:
+def downsample_of(spec: ResNetSpec, place: Place) -> nn.Module | None:
     """The projection of a stage's first shortcut; `avg_down` pools before it instead of striding in it."""
     outputs, stride = spec.widths[place.stage], place.stride
     if not place.first or (stride == 1 and place.inputs == outputs):
@@ -235,7 +278,12 @@ def _stem_step(norm: NormSpec, inputs: int, outputs: int, stride: int) -> Ordere
 
 
 class ResNet(Backbone):
-    """A ResNet whose state dict has OpenMMLab's keys. Families with other blocks override `block`."""
+    """A ResNet whose state dict has OpenMMLab's keys. Families with other blocks override `block`.
+
+    Inside `PLAIN_WEIGHTS` no convolution standardises its weights, whatever the spec says.
+    """
+
+    PLAIN_WEIGHTS: ClassVar[tuple[type[nn.Module], ...]] = (BlockPlugin,)
 
     def __init__(self, spec: ResNetSpec) -> None:
         super().__init__()
@@ -246,6 +294,8 @@ class ResNet(Backbone):
         for stage, width in enumerate(spec.widths):
             self.add_module(f"layer{stage + 1}", self._stage(stage, inputs))
             inputs = width
+        if spec.standardises_weights:
+            standardise_weights(self, but=self.PLAIN_WEIGHTS)
 
     def _add_stem(self) -> tuple[str, ...]:
         """Add the stem; returns the names of its modules, in order."""
@@ -269,14 +319,18 @@ class ResNet(Backbone):
         for position in range(self.spec.blocks[stage]):
             first = position == 0
             place = Place(stage, first, inputs, self.spec.strides[stage] if first else 1)
-            blocks.append(self.block(place, _downsample(self.spec, place)))
+            blocks.append(self.block(place, downsample_of(self.spec, place)))
             inputs = self.spec.widths[stage]
         return nn.Sequential(*blocks)
 
     def block(self, place: Place, downsample: nn.Module | None) -> nn.Module:
         """One residual block."""
         convolutions = CONVOLUTIONS[self.spec.block](self.spec, place)
-        return ResidualBlock(convolutions, self.spec.norm, downsample)
+        return ResidualBlock(convolutions, self.spec.norm, downsample, self.plugins_of(place))
+
+    def plugins_of(self, place: Place) -> list[PluginSpec]:
+        """What is inside the blocks of a stage."""
+        return [plugin for plugin in self.spec.plugins if plugin.is_in(place.stage)]
 
     def stem_maps(self, images: Tensor) -> Tensor:
         """What the stem gives, before its max-pool."""
@@ -301,20 +355,32 @@ class ResNet(Backbone):
 
         The last norm of a block is not zeroed (`zero_init_residual`): that would make every block an identity.
         """
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if name.endswith(".conv_offset"):
+                    nn.init.zeros_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, NORMS):
                 module.reset_parameters()
+        for module in self.modules():
+            if isinstance(module, BlockPlugin):
+                module.start()
 
     def frozen(self, freeze: Freeze) -> FreezeReport:
         """OpenMMLab's rule: 0 is the stem, k the stem and `layer1` to `layer{k}`; their norms are in eval."""
-        if freeze.stages is None or freeze.stages < 0:
-            return freeze_report(self, freeze, ())
-        layers = (f"layer{stage}" for stage in range(1, freeze.stages + 1))
-        return freeze_report(self, freeze, (*self.stem_names, *layers))
+        layers: list[str] = []
+        if freeze.stages is not None and freeze.stages >= 0:
+            layers = [*self.stem_names, *(f"layer{stage}" for stage in range(1, freeze.stages + 1))]
+        return freeze_report(
+            self, freeze, layers, configured=self._configured() if self.spec.plugins else None
+        )
+
+    def _configured(self) -> list[str]:
+        """Norms of blocks, which `norm_cfg` speaks of; those of plugins it does not."""
+        plugins = [name for name, module in self.named_modules() if isinstance(module, BlockPlugin)]
+        return [name for name in norm_names(self) if not is_under(name, plugins)]
 
 
 # --- spellings -----------------------------------------------------------------------------------
@@ -332,11 +398,11 @@ StageStrides = Annotated[
 
 
 class ConvConfig(BaseModel):
-    """OpenMMLab's `conv_cfg`; only the plain convolution is served."""
+    """OpenMMLab's `conv_cfg`: the plain convolution, or ConvWS, which standardises its weights."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    type: Literal["Conv2d", "Conv"]
+    type: Literal["Conv2d", "Conv", "ConvWS"]
 
 
 class ResidualConfig(BackboneConfig):
@@ -433,6 +499,18 @@ class ResidualConfig(BackboneConfig):
         """The stem's channels, where not given those of the first stage before expansion."""
         return self.base_channels if self.stem_channels is None else self.stem_channels
 
+    def standardises_weights(self) -> bool:
+        """Whether all convolutions standardise their weights."""
+        return self.conv_cfg is not None and self.conv_cfg.type == "ConvWS"
+
+    def deform(self) -> DeformSpec | None:
+        """Where 3x3 convolutions are deformable: nowhere, but in mmdet."""
+        return None
+
+    def plugin_specs(self) -> tuple[PluginSpec, ...]:
+        """What is inside blocks: nothing, but in mmdet."""
+        return ()
+
     def stem(self) -> StemKind:
         """How the network begins."""
         return self.DEEP_STEM if self.deep_stem else self.PLAIN_STEM
@@ -450,6 +528,18 @@ class ResidualConfig(BackboneConfig):
         return (
             f"these weights are of a ResNet of style {theirs}, not {ours}: they have the same names and shapes "
             "but would give wrong features"
+        )
+
+    def misfits(self, library: str, checkpoint: str, state: StateDict) -> str | None:  # noqa: ARG002 - the names tell
+        """torchvision's and timm's classifiers stride in the 3x3 convolution, and nothing stands before their names."""
+        spec = self.spec()
+        if not spec.stride_on_1x1 or spec.block != "bottleneck" or library == "detectron2":
+            return None
+        if not is_classifier(state):
+            return None
+        return (
+            "a torchvision or timm file fits a ResNet of style caffe and would give wrong features: its bottlenecks "
+            "stride in the 3x3 convolution (style='pytorch')"
         )
 
     def freeze(self) -> Freeze:
@@ -512,6 +602,9 @@ class DepthConfig(ResidualConfig):
             stride_on_1x1=self.style == "caffe" and block == "bottleneck",
             stem_is_level=self.STEM_IS_LEVEL,
             norm=self.norm_cfg.spec(),
+            standardises_weights=self.standardises_weights(),
+            deform=self.deform(),
+            plugins=self.plugin_specs(),
         )
 
 
@@ -544,6 +637,8 @@ def family(
     choice: str = "depth",
     choices: Sequence[int | str] = (),
     indices: Sequence[int] = (0, 1, 2, 3),
+    naming: Naming | None = None,
+    library: str = "",
 ) -> Family[C]:
     """The family of a residual config class.
 
@@ -552,6 +647,7 @@ def family(
         choice: the key that names an architecture, and for it
         choices: the names; the example has the first, or 50.
         indices: the example's `out_indices`, all there are.
+        naming: the names of the weights in other libraries, and `library`: which of them the network has.
     """
     names = choices or RESNET_DEPTHS
     shown = 50 if 50 in names else names[0]
@@ -562,6 +658,8 @@ def family(
         load=_load,
         example=lambda type_name: {"type": type_name, choice: shown, "out_indices": list(indices)},
         architectures=lambda _type_name: [str(name) for name in names],
+        naming=naming,
+        library=library,
     )
 
 
@@ -591,4 +689,34 @@ class ResNetConfig(PretrainKeys):
     depth: Literal[18, 34, 50, 101, 152] = Field(description="Number of layers.")
 
 
-RESNET = family(ResNetConfig)
+def is_classifier(state: StateDict) -> bool:
+    """Whether a file is a ResNet of torchvision or timm with its classifier: nothing stands before their names."""
+    return {"conv1.weight", "fc.weight"} <= state.keys()
+
+
+# timm and torchvision gave their ResNets these names first; detectron2 has its own (its tools' conversion script).
+RESNET_NAMES = Naming(
+    "ResNet",
+    own=("mmpretrain", "mmdet", "mmselfsup", "torchvision", "timm"),
+    marks=("conv1.weight", "layer1.0.conv1.weight", "layer4.0.conv2.weight"),
+    stem_kernel=("conv1.weight", 7),
+    layouts=(
+        KeyLayout(
+            "detectron2",
+            rules(
+                {
+                    "conv1.{leaf}": "stem.conv1.{leaf}",
+                    "bn1.{leaf}": "stem.conv1.norm.{leaf}",
+                    "layer{s}.{b}.conv{k}.{leaf}": "res{s+1}.{b}.conv{k}.{leaf}",
+                    "layer{s}.{b}.bn{k}.{leaf}": "res{s+1}.{b}.conv{k}.norm.{leaf}",
+                    "layer{s}.{b}.downsample.0.{leaf}": "res{s+1}.{b}.shortcut.{leaf}",
+                    "layer{s}.{b}.downsample.1.{leaf}": "res{s+1}.{b}.shortcut.norm.{leaf}",
+                    "fc.{leaf}": "linear.{leaf}",
+                }
+            ),
+        ),
+    ),
+)
+
+
+RESNET = family(ResNetConfig, naming=RESNET_NAMES)

@@ -16,6 +16,7 @@ from service.backbones.openmmlab_detection import DetectionKeys
 from service.backbones.resnet import (
     BOTTLENECK_DEPTHS,
     CONVOLUTIONS,
+    RESNET_NAMES,
     DepthConfig,
     Groups,
     Place,
@@ -28,7 +29,8 @@ from service.backbones.resnet import (
     conv3x3,
     family,
 )
-from service.config.spec import Freeze, FreezeReport
+from service.checkpoints.layouts import KeyLayout, Naming, rules
+from service.config.spec import Freeze
 
 AnyDepth = Literal[18, 34, 50, 101, 152]
 BottleneckDepth = Literal[50, 101, 152]
@@ -145,6 +147,8 @@ class SEBlock(ResidualBlock):
 class SEResNet(ResNet):
     """A ResNet or ResNeXt with squeeze-and-excitation."""
 
+    PLAIN_WEIGHTS: ClassVar[tuple[type[nn.Module], ...]] = (SqueezeExcite,)
+
     def __init__(self, spec: ResNetSpec, ratio: int) -> None:
         self.ratio = ratio
         super().__init__(spec)
@@ -166,17 +170,25 @@ class SEKeys(PretrainKeys):
 
     def network(self) -> ResNet:
         """The network of these keys, without its weights."""
-        return SEResNet(self.spec(), self.se_ratio)
+        return SEResNet(self.spec(), self.ratio())
 
     def architecture(self) -> dict[str, Any]:
         """The neutral spelling."""
-        return {**super().architecture(), "se_ratio": self.se_ratio}
+        return {**super().architecture(), "se_ratio": self.ratio()}
+
+    def ratio(self) -> int:
+        """Channels of a block over the squeezed ones."""
+        return self.se_ratio
 
 
 class SEResNeXtKeys(SEKeys, PretrainGroupKeys):
-    """`mmpretrain.SEResNeXt`."""
+    """`mmpretrain.SEResNeXt`, which takes an `se_ratio` and does not follow it: its ratio is always 16."""
 
     TYPE: ClassVar[str] = "mmpretrain.SEResNeXt"
+
+    def ratio(self) -> int:
+        """Channels of a block over the squeezed ones."""
+        return 16
 
 
 # --- mmdet ----------------------------------------------------------------------------------------
@@ -186,6 +198,9 @@ class DetectionResNetKeys(DetectionKeys, DepthConfig):
     """`mmdet.ResNet`."""
 
     TYPE: ClassVar[str] = "mmdet.ResNet"
+    HAS_DEFORMABLE: ClassVar[bool] = True
+    HAS_PLUGINS: ClassVar[bool] = True
+    FALLS_BACK: ClassVar[bool] = True
 
     depth: AnyDepth = Field(description="Number of layers.")
 
@@ -203,6 +218,8 @@ class DetectionResNeXtKeys(DetectionGroupKeys):
     """`mmdet.ResNeXt`."""
 
     TYPE: ClassVar[str] = "mmdet.ResNeXt"
+    HAS_DEFORMABLE: ClassVar[bool] = True
+    HAS_PLUGINS: ClassVar[bool] = True
 
     depth: BottleneckDepth = Field(description="Number of layers.")
 
@@ -283,12 +300,6 @@ class SobelResNet(ResNet):
         """What the stem gives, before its max-pool."""
         return super().stem_maps(self.sobel_layer(images))
 
-    def frozen(self, freeze: Freeze) -> FreezeReport:
-        """As a ResNet; the filters always are."""
-        report = super().frozen(freeze)
-        filters = [f"sobel_layer.{name}" for name, _ in self.sobel_layer.named_parameters()]
-        return replace(report, parameters=(*report.parameters, *filters))
-
 
 class SobelKeys(SelfSupervisedResNetKeys):
     """`mmselfsup.ResNetSobel`, whose images have three channels and whose stem has two."""
@@ -305,17 +316,96 @@ class SobelKeys(SelfSupervisedResNetKeys):
         """The network of these keys, without its weights."""
         return SobelResNet(self.spec())
 
+    def freeze(self) -> Freeze:
+        """As a ResNet's, and the filters."""
+        return replace(super().freeze(), constant=("sobel_layer",))
 
-RESNET_V1C = family(V1cKeys)
-RESNET_V1D = family(V1dKeys)
+
+_TIMM_STEM = {
+    "stem.2.bn.{leaf}": "bn1.{leaf}",
+    **{f"stem.{i}.conv.{{leaf}}": f"conv1.{3 * i}.{{leaf}}" for i in range(3)},
+    **{f"stem.{i}.bn.{{leaf}}": f"conv1.{3 * i + 1}.{{leaf}}" for i in range(2)},
+}
+_MMDET_STEM = {
+    **{f"stem.{i}.conv.{{leaf}}": f"stem.{3 * i}.{{leaf}}" for i in range(3)},
+    **{f"stem.{i}.bn.{{leaf}}": f"stem.{3 * i + 1}.{{leaf}}" for i in range(3)},
+}
+# timm and mmdet have something at 0 before the first stage's shortcut too, where nothing is pooled.
+_POOLED_SHORTCUT = {"layer1.0.downsample.{i}.{leaf}": "layer1.0.downsample.{i+1}.{leaf}"}
+_BLOCKS = {
+    f"layer{{s}}.{{b}}.{part}.{{leaf}}": f"layer{{s}}.{{b}}.{part}.{{leaf}}"
+    for part in ("conv{k}", "bn{k}", "downsample.{i}")
+}
+_SPLIT_BLOCKS = {**_BLOCKS, "layer{s}.{b}.conv2.{rest}": "layer{s}.{b}.conv2.{rest}"}
+V1C_NAMES = Naming(
+    "ResNetV1c",
+    own=("mmpretrain",),
+    marks=(
+        "stem.0.conv.weight",
+        "layer1.0.conv1.weight",
+        "layer1.0.conv2.weight",
+        "layer2.0.downsample.0.weight",
+    ),
+    layouts=(KeyLayout("timm", rules({**_TIMM_STEM, **_BLOCKS})),),
+)
+V1D_NAMES = Naming(
+    "ResNetV1d",
+    own=("mmpretrain",),
+    marks=(
+        "stem.0.conv.weight",
+        "layer1.0.conv1.weight",
+        "layer1.0.conv2.weight",
+        "layer2.0.downsample.2.weight",
+    ),
+    layouts=(
+        KeyLayout("timm", rules({**_TIMM_STEM, **_POOLED_SHORTCUT, **_BLOCKS})),
+        KeyLayout("mmdet", rules({**_MMDET_STEM, **_POOLED_SHORTCUT, **_BLOCKS})),
+    ),
+)
+RESNEST_NAMES = Naming(
+    "ResNeSt",
+    own=("mmpretrain",),
+    marks=("stem.0.conv.weight", "layer1.0.conv2.conv.weight"),
+    layouts=(
+        KeyLayout("timm", rules({**_TIMM_STEM, **_POOLED_SHORTCUT, **_SPLIT_BLOCKS})),
+        KeyLayout("mmdet", rules({**_MMDET_STEM, **_POOLED_SHORTCUT, **_SPLIT_BLOCKS})),
+    ),
+)
+SE_RESNET_NAMES = Naming(
+    "SEResNet",
+    own=("mmpretrain",),
+    marks=(
+        "conv1.weight",
+        "layer1.0.conv1.weight",
+        "layer1.0.se_layer.conv1.conv.weight",
+        "layer4.0.se_layer.conv2.conv.weight",
+    ),
+    layouts=(
+        KeyLayout(
+            "timm",
+            rules(
+                {
+                    "layer{s}.{b}.se_layer.conv{k}.conv.{leaf}": "layer{s}.{b}.se.fc{k}.{leaf}",
+                    "{rest}": "{rest}",
+                }
+            ),
+        ),
+    ),
+)
+
+
+RESNET_V1C = family(V1cKeys, naming=V1C_NAMES)
+RESNET_V1D = family(V1dKeys, naming=V1D_NAMES)
 RESNET_CIFAR = family(CifarKeys)
-RESNEXT = family(ResNeXtKeys, choices=BOTTLENECK_DEPTHS)
-SE_RESNET = family(SEKeys, choices=BOTTLENECK_DEPTHS)
-SE_RESNEXT = family(SEResNeXtKeys, choices=BOTTLENECK_DEPTHS)
-MMDET_RESNET = family(DetectionResNetKeys)
-MMDET_RESNET_V1D = family(DetectionV1dKeys)
-MMDET_RESNEXT = family(DetectionResNeXtKeys, choices=BOTTLENECK_DEPTHS)
-MMSELFSUP_RESNET = family(SelfSupervisedResNetKeys, indices=(1, 2, 3, 4))
-MMSELFSUP_RESNET_V1D = family(SelfSupervisedV1dKeys, indices=(1, 2, 3, 4))
-MMSELFSUP_RESNEXT = family(SelfSupervisedResNeXtKeys, choices=BOTTLENECK_DEPTHS, indices=(1, 2, 3, 4))
+RESNEXT = family(ResNeXtKeys, naming=RESNET_NAMES, choices=BOTTLENECK_DEPTHS)
+SE_RESNET = family(SEKeys, naming=SE_RESNET_NAMES, choices=BOTTLENECK_DEPTHS)
+SE_RESNEXT = family(SEResNeXtKeys, naming=SE_RESNET_NAMES, choices=BOTTLENECK_DEPTHS)
+MMDET_RESNET = family(DetectionResNetKeys, naming=RESNET_NAMES)
+MMDET_RESNET_V1D = family(DetectionV1dKeys, naming=V1D_NAMES, library="mmdet")
+MMDET_RESNEXT = family(DetectionResNeXtKeys, naming=RESNET_NAMES, choices=BOTTLENECK_DEPTHS)
+MMSELFSUP_RESNET = family(SelfSupervisedResNetKeys, naming=RESNET_NAMES, indices=(1, 2, 3, 4))
+MMSELFSUP_RESNET_V1D = family(SelfSupervisedV1dKeys, naming=V1D_NAMES, indices=(1, 2, 3, 4))
+MMSELFSUP_RESNEXT = family(
+    SelfSupervisedResNeXtKeys, naming=RESNET_NAMES, choices=BOTTLENECK_DEPTHS, indices=(1, 2, 3, 4)
+)
 MMSELFSUP_RESNET_SOBEL = family(SobelKeys, indices=(1, 2, 3, 4))

@@ -6,6 +6,7 @@ reads checkpoints of the official code.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from service.backbones.openmmlab import (
     ActivationConfig,
     ActivationSpec,
     Computed,
+    OneForAll,
     OpenMMLabConfig,
     Scale,
     deepest,
@@ -40,6 +42,9 @@ from service.backbones.openmmlab import (
     named_arch,
 )
 from service.backbones.output_norms import asked_stages, may_lack_output_norms, without_output_norms
+from service.backbones.position_tables import fit_tables, resize_bicubic, resize_progression
+from service.backbones.vision_transformer import Interpolation, resize_pos_embed
+from service.checkpoints.layouts import Change, KeyLayout, KeyRule, Naming, rules
 from service.config.spec import (
     Description,
     FeatureInfo,
@@ -75,6 +80,8 @@ class SwinSpec:
 
     `outputs` are the stages with an output norm. `pads_small` is whether maps not larger than a window are padded
     and shifted like all others. `after_merge` outputs come after the merging of patches that ends a stage.
+    `eps` is that of the output norms, `inner_eps` that of all others. `grid` are the rows and columns of patches
+    that absolute positions are learnt for; None is without them.
     """
 
     width: int
@@ -91,8 +98,11 @@ class SwinSpec:
     scale: float | None = None
     patch_norm: bool = True
     eps: float = 1e-5
+    inner_eps: float = 1e-5
     activation: ActivationSpec = ActivationSpec("gelu")  # noqa: RUF009 - frozen
     after_merge: bool = False
+    grid: tuple[int, int] | None = None
+    interpolation: Interpolation = "bicubic"
 
     def widths(self) -> tuple[int, ...]:
         """Channels inside the stages."""
@@ -237,9 +247,9 @@ class Block(nn.Module):
     def __init__(self, spec: SwinSpec, stage: int, *, shifted: bool) -> None:
         super().__init__()
         width = spec.widths()[stage]
-        self.norm1 = nn.LayerNorm(width, eps=spec.eps)
+        self.norm1 = nn.LayerNorm(width, eps=spec.inner_eps)
         self.attn = ShiftedWindows(spec, width, spec.heads[stage], shifted=shifted)
-        self.norm2 = nn.LayerNorm(width, eps=spec.eps)
+        self.norm2 = nn.LayerNorm(width, eps=spec.inner_eps)
         self.ffn = FeedForward(spec, width)
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -268,7 +278,7 @@ class PatchMerging(nn.Module):
 
     def __init__(self, spec: SwinSpec, width: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(4 * width, eps=spec.eps)
+        self.norm = nn.LayerNorm(4 * width, eps=spec.inner_eps) if spec.patch_norm else nn.Identity()
         self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -300,7 +310,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.patch = spec.patch
         self.projection = nn.Conv2d(spec.in_channels, spec.width, spec.patch, stride=spec.patch)
-        self.norm = nn.LayerNorm(spec.width, eps=spec.eps) if spec.patch_norm else nn.Identity()
+        self.norm = nn.LayerNorm(spec.width, eps=spec.inner_eps) if spec.patch_norm else nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
         """[n, c, h, w] to [n, rows, columns, width]."""
@@ -310,21 +320,48 @@ class PatchEmbed(nn.Module):
         return normed
 
 
-class SwinTransformer(Backbone):
+def absolute_positions(spec: SwinSpec) -> nn.Parameter | None:
+    """[1, patches, width], not filled; None where the network has none."""
+    return None if spec.grid is None else nn.Parameter(torch.empty(1, math.prod(spec.grid), spec.width))
+
+
+class SwinTransformer(Backbone, Scale):
     """A SwinTransformer whose state dict has OpenMMLab's keys."""
+
+    absolute_pos_embed: nn.Parameter | None
 
     def __init__(self, spec: SwinSpec) -> None:
         super().__init__()
         self.spec = spec
         self.features = spec.features()
+        self.absolute_pos_embed = absolute_positions(spec)
         self.patch_embed = PatchEmbed(spec)
         self.stages = nn.ModuleList(Stage(spec, stage) for stage in range(len(spec.depths)))
         for stage in spec.outputs:
             self.add_module(f"norm{stage}", nn.LayerNorm(self.features[stage].channels, eps=spec.eps))
 
+    def start(self) -> None:
+        """Small positions at first."""
+        if self.absolute_pos_embed is not None:
+            nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
+
+    def placed(self, maps: Tensor) -> Tensor:
+        """[n, h, w, c] with the absolute positions, which mmdet has for one size of images only."""
+        if self.spec.grid is None or self.absolute_pos_embed is None:
+            return maps
+        grid = (maps.shape[1], maps.shape[2])
+        if grid != self.spec.grid and self.spec.rule == "mmdet":
+            rows, columns = (side * self.spec.patch for side in self.spec.grid)
+            detail = f"absolute positions are made for images of {columns}x{rows} px; resize the images"
+            raise InvalidConfig("#/backbone/pretrain_img_size", detail)
+        positions = resize_pos_embed(
+            self.absolute_pos_embed, self.spec.grid, grid, 0, self.spec.interpolation
+        )
+        return maps + positions.reshape(1, *grid, -1)
+
     def forward(self, images: Tensor, nodes: Sequence[str]) -> dict[str, Tensor]:
         """Normed maps of the stages in `nodes`; stops after the deepest of them."""
-        maps, found = self.patch_embed(images), {}
+        maps, found = self.placed(self.patch_embed(images)), {}
         for stage in range(deepest(nodes) + 1):
             before, maps = self.stages[stage](maps)
             if str(stage) in nodes:
@@ -342,14 +379,18 @@ class SwinTransformer(Backbone):
 
         In mmpretrain the output norms stay in train mode.
         """
+        # mmpretrain's `norm_cfg` is of the output norms only.
+        configured = (
+            [f"norm{stage}" for stage in self.spec.outputs] if self.spec.rule == "mmpretrain" else None
+        )
         if freeze.stages is None:
-            return freeze_report(self, freeze, ())
+            return freeze_report(self, freeze, (), configured=configured)
         stages = range(freeze.stages + (self.spec.rule == "mmpretrain"))
         names = ["patch_embed", *(f"stages.{stage}" for stage in stages)]
         norms = [f"norm{stage}" for stage in stages]
         if self.spec.rule == "mmdet":
-            return freeze_report(self, freeze, [*names, *norms])
-        report = freeze_report(self, freeze, names)
+            return freeze_report(self, freeze, ["absolute_pos_embed", *names, *norms])
+        report = freeze_report(self, freeze, names, configured=configured)
         outputs = [name for name, _ in self.named_parameters() if is_under(name, norms)]
         return in_module_order(self, freeze, (*report.parameters, *outputs), report.norms)
 
@@ -418,6 +459,22 @@ class NothingConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class BlockConfig(BaseModel):
+    """Keys of every block."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    window_size: Window | None = Field(None, description="In place of the network's window_size.")
+
+
+class StageConfig(BaseModel):
+    """Keys of every stage."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    block_cfgs: BlockConfig = BlockConfig()
+
+
 def stage_faults(spec: SwinSpec, heads_key: str) -> Iterator[tuple[str, str]]:
     """What does not fit in the depths and heads of a spec, as (key, detail)."""
     if len(spec.depths) != len(spec.heads):
@@ -445,16 +502,19 @@ class SwinTransformerConfig(OpenMMLabConfig):
     drop_path_rate: DropRate = Field(0.1, description="Training only; changes nothing here.")
     out_indices: Indices = Field((3,), description="Stages, 0 at stride 4; each has a norm of its own.")
     out_after_downsample: bool = Field(False, description="Outputs after the merging that ends a stage.")
-    use_abs_pos_embed: Literal[False] = False
+    use_abs_pos_embed: bool = Field(
+        False,
+        description="Learns a position for each patch of an image of img_size; others are interpolated.",
+    )
     interpolate_mode: Literal["bicubic", "bilinear"] = Field(
-        "bicubic", description="For absolute positions only; changes nothing here."
+        "bicubic", description="How absolute positions are brought to images of another size."
     )
     frozen_stages: Annotated[int, Field(strict=True, ge=-1, le=7)] = Field(
         -1, description="-1 nothing, k the patch embedding and stages 0 to k with their output norms."
     )
     pad_small_map: bool = Field(False, description="Pads maps that are smaller than a window.")
     norm_cfg: LayerNormConfig = LayerNormConfig(type="LN")
-    stage_cfgs: NothingConfig = NothingConfig()
+    stage_cfgs: Annotated[StageConfig, OneForAll] = StageConfig()
     patch_cfg: NothingConfig = NothingConfig()
 
     def faults(self) -> Iterator[tuple[str, str]]:
@@ -479,16 +539,28 @@ class SwinTransformerConfig(OpenMMLabConfig):
             pads_small=self.pad_small_map,
             in_channels=self.in_channels,
             patch=self.patch_size,
-            window=self.window_size,
+            window=self.stage_cfgs.block_cfgs.window_size or self.window_size,
             eps=self.norm_cfg.eps,
             after_merge=self.out_after_downsample,
+            grid=patch_grid(self.img_size, self.patch_size) if self.use_abs_pos_embed else None,
+            interpolation=self.interpolate_mode if self.use_abs_pos_embed else "bicubic",
         )
         return with_outputs(spec, self.out_indices, self.strides)
 
     def input_defaults(self) -> PreprocessDefaults:
         """The size of images that the network is made for."""
-        size = self.img_size
-        return PreprocessDefaults(size=size if isinstance(size, tuple) else (size, size))
+        return PreprocessDefaults(size=both(self.img_size))
+
+
+def both(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a size that may be one number."""
+    return size if isinstance(size, tuple) else (size, size)
+
+
+def patch_grid(size: int | tuple[int, int], patch: int) -> tuple[int, int]:
+    """Rows and columns of the patches of an image, which is padded to whole ones."""
+    height, width = both(size)
+    return math.ceil(height / patch), math.ceil(width / patch)
 
 
 def with_outputs(spec: SwinSpec, indices: Sequence[int], strides: Sequence[int] | None) -> SwinSpec:
@@ -497,7 +569,13 @@ def with_outputs(spec: SwinSpec, indices: Sequence[int], strides: Sequence[int] 
     return replace(spec, outputs=asked_stages(indices, strides, stage_strides))
 
 
-def _optional(config: SwinTransformerConfig, state: StateDict) -> Callable[[str], bool]:
+def fit_windows(config: SwinTransformerConfig, state: StateDict) -> StateDict:
+    """`state` with its biases of position made to fit the windows, as mmpretrain does at load."""
+    return fit_tables(state, (2 * config.spec().window - 1) ** 2, resize_progression)
+
+
+def optional_output_norms(config: SwinTransformerConfig, state: StateDict) -> Callable[[str], bool]:
+    """Which output norms a file may leave out."""
     return may_lack_output_norms(state, last=len(config.spec().depths) - 1)
 
 
@@ -510,7 +588,7 @@ class DetSwinTransformerConfig(OpenMMLabConfig):
     NETWORK: ClassVar[str] = "SwinTransformer"
 
     pretrain_img_size: Pixels | tuple[Pixels, Pixels] = Field(
-        224, description="For absolute positions only; changes nothing here."
+        224, description="Image size that absolute positions are made for."
     )
     in_channels: InputChannels = 3
     embed_dims: Width = 96
@@ -533,11 +611,14 @@ class DetSwinTransformerConfig(OpenMMLabConfig):
     qk_scale: Annotated[float, Field(gt=0, le=100)] | None = Field(
         None, description="Factor of the attention; null is the root of the width of a head, inverted."
     )
-    patch_norm: bool = True
+    patch_norm: bool = Field(True, description="Norms patches, and what the mergings take.")
     drop_rate: DropRate = Field(0.0, description="Training only; changes nothing here.")
     attn_drop_rate: DropRate = Field(0.0, description="Training only; changes nothing here.")
     drop_path_rate: DropRate = Field(0.1, description="Training only; changes nothing here.")
-    use_abs_pos_embed: Literal[False] = False
+    use_abs_pos_embed: bool = Field(
+        False,
+        description="Learns a position for each patch; only images of pretrain_img_size are taken then.",
+    )
     act_cfg: ActivationConfig = ActivationConfig(type="GELU")
     norm_cfg: LayerNormConfig = LayerNormConfig(type="LN")
     pretrained: CheckpointName | None = Field(None, description="mmdet's older spelling of init_cfg.")
@@ -554,6 +635,16 @@ class DetSwinTransformerConfig(OpenMMLabConfig):
         yield from stage_faults(self.spec(), "num_heads")
         if self.frozen_stages > len(self.depths):
             yield "frozen_stages", f"{self.frozen_stages} is more than the {len(self.depths)} stages"
+        if self.use_abs_pos_embed and min(self._grid()) < 1:
+            yield "pretrain_img_size", f"is smaller than a patch of {self.patch_size}"
+
+    def input_defaults(self) -> PreprocessDefaults:
+        """The size of images that absolute positions are made for."""
+        return PreprocessDefaults(size=both(self.pretrain_img_size) if self.use_abs_pos_embed else None)
+
+    def _grid(self) -> tuple[int, int]:
+        height, width = both(self.pretrain_img_size)
+        return height // self.patch_size, width // self.patch_size
 
     def _strides_of_levels(self) -> tuple[int, ...] | None:
         merging = (self.patch_size, *(2 for _ in self.depths[1:]))
@@ -576,7 +667,9 @@ class DetSwinTransformerConfig(OpenMMLabConfig):
             scale=self.qk_scale,
             patch_norm=self.patch_norm,
             eps=self.norm_cfg.eps,
+            inner_eps=self.norm_cfg.eps,
             activation=self.act_cfg.spec(),
+            grid=self._grid() if self.use_abs_pos_embed else None,
         )
         return with_outputs(spec, self.out_indices, self._strides_of_levels())
 
@@ -597,7 +690,8 @@ class DetSwinTransformerConfig(OpenMMLabConfig):
 
 
 def _adapted(config: DetSwinTransformerConfig, state: StateDict) -> StateDict:
-    return from_official(state) if config.convert_weights else state
+    named = from_official(state) if config.convert_weights else state
+    return fit_tables(named, (2 * config.window_size - 1) ** 2, resize_bicubic)
 
 
 def _det_optional(config: DetSwinTransformerConfig, state: StateDict) -> Callable[[str], bool]:
@@ -606,12 +700,117 @@ def _det_optional(config: DetSwinTransformerConfig, state: StateDict) -> Callabl
     return may_lack_output_norms(state, last=last)
 
 
+MERGED_PARTS = ("norm", "reduction")
+
+
+def _into_channels_outermost(tensor: Tensor) -> Tensor:
+    """[..., 4c] with the neighbours (0, 0), (1, 0), (0, 1), (1, 1) outermost to [..., 4c] with them innermost."""
+    quarters = tensor.reshape(*tensor.shape[:-1], 4, -1)[..., [0, 2, 1, 3], :]
+    return quarters.transpose(-1, -2).flatten(-2)
+
+
+def _into_neighbours_outermost(tensor: Tensor) -> Tensor:
+    """The way back."""
+    quarters = tensor.reshape(*tensor.shape[:-1], -1, 4).transpose(-1, -2)[..., [0, 2, 1, 3], :]
+    return quarters.flatten(-2)
+
+
+MERGING = Change(_into_channels_outermost, _into_neighbours_outermost)
+_BLOCK = {
+    "attn.w_msa.relative_position_bias_table": "attn.relative_position_bias_table",
+    "attn.w_msa.qkv.{leaf}": "attn.qkv.{leaf}",
+    "attn.w_msa.proj.{leaf}": "attn.proj.{leaf}",
+    "ffn.layers.0.0.{leaf}": "mlp.fc1.{leaf}",
+    "ffn.layers.1.{leaf}": "mlp.fc2.{leaf}",
+    "norm{k}.{leaf}": "norm{k}.{leaf}",
+}
+_EMBEDDING = {
+    "patch_embed.projection.{leaf}": "patch_embed.proj.{leaf}",
+    "patch_embed.norm.{leaf}": "patch_embed.norm.{leaf}",
+    "absolute_pos_embed": "absolute_pos_embed",
+    "norm3.{leaf}": "norm.{leaf}",
+}
+
+
+def _blocks(theirs: str) -> dict[str, str]:
+    return {f"stages.{{s}}.blocks.{{b}}.{part}": theirs + named for part, named in _BLOCK.items()}
+
+
+def _mergings(theirs: str) -> tuple[KeyRule, ...]:
+    return rules(
+        {f"stages.{{s}}.downsample.{part}.{{leaf}}": f"{theirs}.{part}.{{leaf}}" for part in MERGED_PARTS},
+        MERGING,
+    )
+
+
+SWIN_NAMES = Naming(
+    "SwinTransformer",
+    own=("mmpretrain", "mmdet"),
+    marks=(
+        "patch_embed.projection.weight",
+        "stages.0.blocks.0.attn.w_msa.relative_position_bias_table",
+        "stages.0.downsample.reduction.weight",
+    ),
+    layouts=(
+        KeyLayout(
+            "timm",
+            (
+                *rules({**_EMBEDDING, **_blocks("layers.{s}.blocks.{b}.")}),
+                *_mergings("layers.{s+1}.downsample"),
+            ),
+        ),
+        KeyLayout(
+            "official",
+            (
+                *rules({**_EMBEDDING, **_blocks("layers.{s}.blocks.{b}.")}),
+                *_mergings("layers.{s}.downsample"),
+            ),
+        ),
+        KeyLayout(
+            "torchvision",
+            tuple(
+                rule
+                for s in range(4)
+                for rule in (
+                    *rules(
+                        {
+                            f"stages.{s}.blocks.{{b}}.{part}": f"features.{2 * s + 1}.{{b}}.{named}"
+                            for part, named in {
+                                **_BLOCK,
+                                "ffn.layers.0.0.{leaf}": "mlp.0.{leaf}",
+                                "ffn.layers.1.{leaf}": "mlp.3.{leaf}",
+                            }.items()
+                        }
+                    ),
+                    *rules(
+                        {
+                            f"stages.{s}.downsample.{part}.{{leaf}}": f"features.{2 * s + 2}.{part}.{{leaf}}"
+                            for part in MERGED_PARTS
+                        },
+                        MERGING,
+                    ),
+                )
+            )
+            + rules(
+                {
+                    "patch_embed.projection.{leaf}": "features.0.0.{leaf}",
+                    "patch_embed.norm.{leaf}": "features.0.2.{leaf}",
+                    "norm3.{leaf}": "norm.{leaf}",
+                }
+            ),
+        ),
+    ),
+)
+
+
 SWIN_TRANSFORMER = make_family(
     SwinTransformerConfig,
     SwinTransformer,
     example={"arch": "tiny", "out_indices": [0, 1, 2, 3]},
     architectures=tuple(ARCHS),
-    optional=_optional,
+    adapt=fit_windows,
+    optional=optional_output_norms,
+    naming=SWIN_NAMES,
 )
 DET_SWIN_TRANSFORMER = make_family(
     DetSwinTransformerConfig,
@@ -619,4 +818,5 @@ DET_SWIN_TRANSFORMER = make_family(
     example={"embed_dims": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24], "out_indices": [1, 2, 3]},
     adapt=_adapted,
     optional=_det_optional,
+    naming=SWIN_NAMES,
 )

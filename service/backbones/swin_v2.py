@@ -17,6 +17,7 @@ from service.backbones.norms import LayerNormConfig
 from service.backbones.openmmlab import Computed, OpenMMLabConfig, Scale, deepest, make_family, named_arch
 from service.backbones.output_norms import asked_stages, may_lack_output_norms
 from service.backbones.swin import (
+    MERGING,
     Depths,
     FeedForward,
     HeadCounts,
@@ -27,10 +28,14 @@ from service.backbones.swin import (
     SwinSpec,
     SwinTransformer,
     Width,
+    absolute_positions,
+    both,
     fours,
+    patch_grid,
     relative_position_index,
     stage_faults,
 )
+from service.checkpoints.layouts import KeyLayout, Naming, Regrouping, below, rules
 from service.config.spec import FeatureInfo, PreprocessDefaults
 
 if TYPE_CHECKING:
@@ -234,7 +239,8 @@ class SwinTransformerV2(SwinTransformer):
         nn.Module.__init__(self)
         self.spec = spec.swin
         self.features = spec.features()
-        self.patch_embed = PatchEmbed(replace(spec.swin, eps=1e-5))
+        self.absolute_pos_embed = absolute_positions(spec.swin)
+        self.patch_embed = PatchEmbed(spec.swin)
         self.stages = nn.ModuleList(Stage(spec, stage) for stage in range(len(spec.swin.depths)))
         for stage in spec.swin.outputs:
             norm = nn.LayerNorm(self.features[stage].channels, eps=spec.swin.eps)
@@ -242,7 +248,7 @@ class SwinTransformerV2(SwinTransformer):
 
     def forward(self, images: Tensor, nodes: Sequence[str]) -> dict[str, Tensor]:
         """Normed maps of the stages in `nodes`; stops after the deepest of them."""
-        maps, found = self.patch_embed(images), {}
+        maps, found = self.placed(self.patch_embed(images)), {}
         for stage in range(deepest(nodes) + 1):
             maps = self.stages[stage](maps)
             if str(stage) in nodes:
@@ -276,9 +282,12 @@ class SwinTransformerV2Config(OpenMMLabConfig):
     drop_rate: DropRate = Field(0.0, description="Training only; changes nothing here.")
     drop_path_rate: DropRate = Field(0.1, description="Training only; changes nothing here.")
     out_indices: Indices = Field((3,), description="Stages, 0 at stride 4; each has a norm of its own.")
-    use_abs_pos_embed: Literal[False] = False
+    use_abs_pos_embed: bool = Field(
+        False,
+        description="Learns a position for each patch of an image of img_size; others are interpolated.",
+    )
     interpolate_mode: Literal["bicubic", "bilinear"] = Field(
-        "bicubic", description="For absolute positions only; changes nothing here."
+        "bicubic", description="How absolute positions are brought to images of another size."
     )
     frozen_stages: Annotated[int, Field(strict=True, ge=-1, le=7)] = Field(
         -1, description="-1 nothing, k the patch embedding and stages 0 to k with their output norms."
@@ -331,6 +340,8 @@ class SwinTransformerV2Config(OpenMMLabConfig):
             in_channels=self.in_channels,
             patch=self.patch_size,
             eps=self.norm_cfg.eps,
+            grid=patch_grid(self.img_size, self.patch_size) if self.use_abs_pos_embed else None,
+            interpolation=self.interpolate_mode if self.use_abs_pos_embed else "bicubic",
         )
         strides = [feature.stride or 0 for feature in swin.features()]
         swin = replace(swin, outputs=asked_stages(self.out_indices, self.strides, strides))
@@ -339,12 +350,79 @@ class SwinTransformerV2Config(OpenMMLabConfig):
 
     def input_defaults(self) -> PreprocessDefaults:
         """The size of images that the network is made for."""
-        size = self.img_size
-        return PreprocessDefaults(size=size if isinstance(size, tuple) else (size, size))
+        return PreprocessDefaults(size=both(self.img_size))
 
 
 def _optional(config: SwinTransformerV2Config, state: StateDict) -> Callable[[str], bool]:
     return may_lack_output_norms(state, last=len(config.plan().depths) - 1)
+
+
+_BLOCK = {
+    "attn.w_msa.{rest}": "attn.{rest}",
+    "ffn.layers.0.0.{leaf}": "mlp.fc1.{leaf}",
+    "ffn.layers.1.{leaf}": "mlp.fc2.{leaf}",
+    "norm{k}.{leaf}": "norm{k}.{leaf}",
+}
+
+
+def _layout(library: str, downsample: str) -> KeyLayout:
+    """timm has a stage's merging of patches before its blocks as we have, the official code behind."""
+    mine = "stages.{s}.downsample."
+    names = {
+        "patch_embed.projection.{leaf}": "patch_embed.proj.{leaf}",
+        "patch_embed.norm.{leaf}": "patch_embed.norm.{leaf}",
+        "absolute_pos_embed": "absolute_pos_embed",
+        **below("stages.{s}.blocks.{b}.", "layers.{s}.blocks.{b}.", _BLOCK),
+        # It norms what it has made, so that only its matrix knows the order of the neighbours.
+        mine + "norm.{leaf}": downsample + "norm.{leaf}",
+        "norm3.{leaf}": "norm.{leaf}",
+    }
+    merging = rules({mine + "reduction.{leaf}": downsample + "reduction.{leaf}"}, MERGING)
+    return KeyLayout(library, (*rules(names), *merging))
+
+
+_TORCHVISION_BLOCK = {
+    **{f"attn.w_msa.{name}": f"attn.{name}" for name in ("logit_scale", "qkv.weight", "cpb_mlp.{i}.{leaf}")},
+    "attn.w_msa.proj.{leaf}": "attn.proj.{leaf}",
+    "ffn.layers.0.0.{leaf}": "mlp.0.{leaf}",
+    "ffn.layers.1.{leaf}": "mlp.3.{leaf}",
+    "norm{k}.{leaf}": "norm{k}.{leaf}",
+}
+
+
+def _torchvision() -> KeyLayout:
+    """Stages and mergings take turns; the keys have a bias, which torchvision sets to 0 whenever it computes."""
+    names = {
+        "patch_embed.projection.{leaf}": "features.0.0.{leaf}",
+        "patch_embed.norm.{leaf}": "features.0.2.{leaf}",
+        "norm3.{leaf}": "norm.{leaf}",
+    }
+    mergings, biases = {}, []
+    for stage in range(4):
+        mine, theirs = f"stages.{stage}.blocks.{{b}}.", f"features.{2 * stage + 1}.{{b}}."
+        names |= below(mine, theirs, _TORCHVISION_BLOCK)
+        parts = (f"{mine}attn.w_msa.q_bias", None, f"{mine}attn.w_msa.v_bias")
+        biases.append(Regrouping(parts, (f"{theirs}attn.qkv.bias",), (1, 1, 1)))
+        names[f"stages.{stage}.downsample.norm.{{leaf}}"] = f"features.{2 * stage}.norm.{{leaf}}"
+        mergings[f"stages.{stage}.downsample.reduction.{{leaf}}"] = f"features.{2 * stage}.reduction.{{leaf}}"
+    return KeyLayout("torchvision", (*rules(names), *rules(mergings, MERGING)), regroupings=tuple(biases))
+
+
+SWIN_V2_NAMES = Naming(
+    "SwinTransformerV2",
+    own=("mmpretrain",),
+    marks=(
+        "patch_embed.projection.weight",
+        "stages.0.blocks.0.attn.w_msa.logit_scale",
+        "stages.0.blocks.0.attn.w_msa.cpb_mlp.0.weight",
+        "stages.1.downsample.reduction.weight",
+    ),
+    layouts=(
+        _layout("timm", "layers.{s}.downsample."),
+        _layout("official", "layers.{s-1}.downsample."),
+        _torchvision(),
+    ),
+)
 
 
 SWIN_TRANSFORMER_V2 = make_family(
@@ -353,4 +431,5 @@ SWIN_TRANSFORMER_V2 = make_family(
     example={"arch": "tiny", "img_size": 256, "window_size": 8, "out_indices": [0, 1, 2, 3]},
     architectures=tuple(ARCHS),
     optional=_optional,
+    naming=SWIN_V2_NAMES,
 )

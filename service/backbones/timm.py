@@ -240,7 +240,7 @@ class _TimmArguments(BackboneConfig):
                 raise InvalidConfig("#/backbone/out_indices", detail)
             return levels_by_index(known[-self.out_indices :], description.features)
         default = [index for index in self.entry().default if index in known]
-        return levels_by_index(self.out_indices or default, description.features)
+        return levels_by_index(self.out_indices or default, description.features, as_asked=True)
 
 
 class TimmConfig(_TimmArguments):
@@ -400,7 +400,13 @@ def _served(_: str) -> Sequence[str]:
 
 
 TIMM = Family(
-    config=TimmConfig, describe=describe, build=build, load=load, example=_example, architectures=_tags
+    config=TimmConfig,
+    describe=describe,
+    build=build,
+    load=load,
+    example=_example,
+    architectures=_tags,
+    library="timm",
 )
 TIMM_BACKBONE = Family(
     config=TimmBackboneConfig,
@@ -409,4 +415,5 @@ TIMM_BACKBONE = Family(
     load=load,
     example=_example_openmmlab,
     architectures=_served,
+    library="timm",
 )

@@ -186,6 +186,10 @@ class TimmBackbone(Backbone):
             of=len(everything),
         )
 
+    def checkpoint_entries(self) -> Mapping[str, Tensor]:
+        """The weights by the names of the whole timm model."""
+        return {self.names[name]: entry for name, entry in self.net.state_dict().items()}
+
     def needs(self, node: str) -> frozenset[str]:
         """The entries of a checkpoint that a feature cannot do without, by their names in timm's checkpoints."""
         entries = self._dependencies().entries[int(node)]

@@ -538,6 +538,10 @@ class TorchvisionBackbone(Backbone):
         self._extractors.clear()
         return cast("TorchvisionBackbone", super()._apply(fn, recurse))  # type: ignore[no-untyped-call]  # torch's
 
+    def checkpoint_entries(self) -> Mapping[str, Tensor]:
+        """The weights by torchvision's own names."""
+        return self.net.state_dict()
+
     def frozen(self, freeze: Freeze) -> FreezeReport:
         """Freeze every batch norm if frozen ones were asked for; torchvision's models freeze nothing else."""
         everything = [name for name, _ in self.net.named_parameters()]
@@ -654,4 +658,11 @@ def _example(type: str) -> Mapping[str, Any]:
     return {"type": type, "return_nodes": {feature.node: f"f{feature.index}" for feature in features[-2:]}}
 
 
-TORCHVISION = Family(config=TorchvisionConfig, describe=describe, build=build, load=load, example=_example)
+TORCHVISION = Family(
+    config=TorchvisionConfig,
+    describe=describe,
+    build=build,
+    load=load,
+    example=_example,
+    library="torchvision",
+)

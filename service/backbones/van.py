@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -21,6 +22,7 @@ from service.backbones.openmmlab import (
     map_features,
     named_arch,
 )
+from service.checkpoints.layouts import KeyLayout, Naming, below, rules
 from service.config.spec import FeatureInfo, Freeze, FreezeReport
 
 # channels, blocks and factors of the feed-forward networks of the stages
@@ -29,14 +31,17 @@ SMALL, WIDE, FACTORS = (32, 64, 160, 256), (64, 128, 320, 512), (8.0, 8.0, 4.0, 
 ARCHS: dict[str, Plan] = {
     name: plan
     for names, plan in (
-        (("t", "tiny"), (SMALL, (3, 3, 5, 2), FACTORS)),
-        (("s", "small"), (WIDE, (2, 2, 4, 2), FACTORS)),
-        (("b", "base"), (WIDE, (3, 3, 12, 3), FACTORS)),
-        (("l", "large"), (WIDE, (3, 5, 27, 3), FACTORS)),
+        # b0 to b6 are the names of mmcls 0.x
+        (("t", "tiny", "b0"), (SMALL, (3, 3, 5, 2), FACTORS)),
+        (("s", "small", "b1"), (WIDE, (2, 2, 4, 2), FACTORS)),
+        (("b", "base", "b2"), (WIDE, (3, 3, 12, 3), FACTORS)),
+        (("l", "large", "b3"), (WIDE, (3, 5, 27, 3), FACTORS)),
+        (("b4",), (WIDE, (3, 6, 40, 3), FACTORS)),
+        (("b5",), ((96, 192, 480, 768), (3, 3, 24, 3), FACTORS)),
+        (("b6",), ((96, 192, 384, 768), (6, 6, 90, 6), FACTORS)),
     )
     for name in names
 }
-STRIDES = (4, 2, 2, 2)
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,11 @@ class VANSpec:
 
     def features(self) -> tuple[FeatureInfo, ...]:
         """One map a stage."""
-        return map_features(self.widths, [4 * 2**stage for stage in range(len(self.widths))])
+        return map_features(self.widths, tuple(itertools.accumulate(self.steps(), lambda a, b: a * b)))
+
+    def steps(self) -> tuple[int, ...]:
+        """What each stage strides by: patches overlap by half."""
+        return tuple(size // 2 + 1 for size in self.patches[: len(self.widths)])
 
 
 def _depthwise(width: int, kernel: int, dilation: int = 1) -> nn.Conv2d:
@@ -153,7 +162,7 @@ class VAN(Backbone):
         inputs = spec.in_channels
         for stage, width in enumerate(spec.widths):
             number = stage + 1
-            embed = PatchEmbed(inputs, width, spec.patches[stage], STRIDES[stage])
+            embed = PatchEmbed(inputs, width, spec.patches[stage], spec.steps()[stage])
             self.add_module(f"patch_embed{number}", embed)
             blocks = (Block(width, spec.factors[stage]) for _ in range(spec.blocks[stage]))
             self.add_module(f"blocks{number}", nn.ModuleList(blocks))
@@ -173,10 +182,13 @@ class VAN(Backbone):
         return {node: found[node] for node in nodes}
 
     def frozen(self, freeze: Freeze) -> FreezeReport:
-        """mmpretrain's rule: k is the stages of index 0 to k."""
+        """mmpretrain's rule: k is the stages of index 0 to k. `norm_cfg` is of the norms behind stages only."""
         parts = ("patch_embed", "blocks", "norm")
         return frozen_by_stage(
-            self, freeze, lambda k: [f"{part}{number}" for number in range(1, k + 2) for part in parts]
+            self,
+            freeze,
+            lambda k: [f"{part}{number}" for number in range(1, k + 2) for part in parts],
+            configured=[f"norm{number}" for number in range(1, len(self.features) + 1)],
         )
 
 
@@ -212,7 +224,10 @@ class VANConfig(OpenMMLabConfig):
         str | ArchConfig, named_arch(ARCHS), Field(json_schema_extra={"examples": list(ARCHS)})
     ] = "tiny"
     patch_sizes: tuple[Annotated[int, Field(strict=True, ge=1, le=31)], ...] = Field(
-        (7, 3, 3, 3), min_length=1, max_length=4, description="Kernels of the strided convolutions; odd."
+        (7, 3, 3, 3),
+        min_length=1,
+        max_length=4,
+        description="Kernels of the strided convolutions, which stride by half of it and 1.",
     )
     in_channels: InputChannels = 3
     drop_rate: DropRate = Field(0.0, description="Training only; changes nothing here.")
@@ -231,8 +246,8 @@ class VANConfig(OpenMMLabConfig):
         for key, given in (("depths", spec.blocks), ("ffn_ratios", spec.factors)):
             if len(given) != stages:
                 yield f"arch/{key}", f"has {len(given)} entries for {stages} stages"
-        if len(self.patch_sizes) < stages or not all(size % 2 for size in self.patch_sizes):
-            yield "patch_sizes", f"must be {stages} odd numbers"
+        if len(self.patch_sizes) < stages:
+            yield "patch_sizes", f"has {len(self.patch_sizes)} entries for {stages} stages"
         if self.frozen_stages >= stages:
             yield "frozen_stages", f"{self.frozen_stages} is not a stage of 0 to {stages - 1}"
 
@@ -243,6 +258,39 @@ class VANConfig(OpenMMLabConfig):
         return VANSpec(*plan, self.patch_sizes, self.in_channels, self.norm_cfg.eps)
 
 
+VAN_NAMES = Naming(
+    "VAN",
+    own=("mmpretrain",),
+    marks=("patch_embed1.projection.weight", "blocks1.0.attn.spatial_gating_unit.DW_D_conv.weight"),
+    layouts=(
+        KeyLayout(
+            "official",
+            rules(
+                {
+                    "patch_embed{s}.projection.{leaf}": "patch_embed{s}.proj.{leaf}",
+                    "patch_embed{s}.norm.{leaf}": "patch_embed{s}.norm.{leaf}",
+                    **below(
+                        "blocks{s}.{b}.",
+                        "block{s}.{b}.",
+                        {
+                            "attn.spatial_gating_unit.DW_conv.{leaf}": "attn.spatial_gating_unit.conv0.{leaf}",
+                            "attn.spatial_gating_unit.DW_D_conv.{leaf}": "attn.spatial_gating_unit.conv_spatial.{leaf}",
+                            "mlp.dwconv.{leaf}": "mlp.dwconv.dwconv.{leaf}",
+                            "{rest}": "{rest}",
+                        },
+                    ),
+                    "norm{s}.{leaf}": "norm{s}.{leaf}",
+                }
+            ),
+        ),
+    ),
+)
+
+
 VAN_FAMILY = make_family(
-    VANConfig, VAN, example={"arch": "tiny", "out_indices": [0, 1, 2, 3]}, architectures=tuple(ARCHS)
+    VANConfig,
+    VAN,
+    example={"arch": "tiny", "out_indices": [0, 1, 2, 3]},
+    architectures=tuple(ARCHS),
+    naming=VAN_NAMES,
 )

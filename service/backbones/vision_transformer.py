@@ -28,7 +28,8 @@ from service.backbones.base import (
 )
 from service.backbones.freezing import freeze_report
 from service.backbones.norms import NORMS, LayerNormConfig, NormSpec, make_norm
-from service.backbones.openmmlab import Scale, allocated, settle_computed
+from service.backbones.openmmlab import OneForAll, Scale, allocated, settle_computed
+from service.checkpoints.layouts import KeyLayout, KeyRule, Naming, rules
 from service.checkpoints.load import load_strict
 from service.config.spec import (
     Description,
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 MAX_PATCHES = 16_384  # 2048 px in patches of 16
 OutType = Literal["raw", "cls_token", "featmap", "avg_featmap"]
 OutputKind = OutType | Literal["dist_token"]  # the latter comes with the class token
-Activation = Literal["gelu", "quick_gelu", "silu"]
+Activation = Literal["gelu", "quick_gelu", "silu", "relu"]
 Interpolation = Literal["bicubic", "bilinear"]
 LAYOUTS: dict[OutputKind, Layout] = {
     "raw": "NLC",
@@ -92,6 +93,7 @@ class VisionTransformerSpec:
 
     `grid` is [rows, columns] of the patches that `pos_embed` is made for. `average_norm` is the norm that
     only `avg_featmap` has. `layer_scale` is the initial factor of the residual branches, 0 for none.
+    `drops_cls_token`: there is a class token, which is taken off again before the layers.
     """
 
     size: Size
@@ -109,6 +111,7 @@ class VisionTransformerSpec:
     activation: Activation = "gelu"
     swiglu: bool = False
     interpolation: Interpolation = "bicubic"
+    drops_cls_token: bool = False
 
     @property
     def extra_tokens(self) -> int:
@@ -123,7 +126,12 @@ class VisionTransformerSpec:
     @property
     def extra_positions(self) -> int:
         """Positions in `pos_embed` before those of the patches."""
-        return self.extra_tokens
+        return self.extra_tokens + int(self.drops_cls_token)
+
+    @property
+    def has_cls_token(self) -> bool:
+        """Whether there is a class token among the weights."""
+        return self.with_cls_token or self.drops_cls_token
 
     @property
     def tokens(self) -> int:
@@ -159,6 +167,7 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "quick_gelu": quick_gelu,
     "silu": F.silu,
+    "relu": F.relu,
 }
 
 
@@ -316,7 +325,7 @@ class VisionTransformer(Backbone):
         self.spec = spec
         self.features = spec.features()
         width = spec.size.width
-        self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if spec.with_cls_token else None
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if spec.has_cls_token else None
         self.pos_embed = nn.Parameter(torch.empty(1, spec.tokens, width))
         self.patch_embed = PatchEmbed(spec)
         self.layers = nn.ModuleList(self.make_layer() for _ in range(spec.size.layers))
@@ -337,7 +346,7 @@ class VisionTransformer(Backbone):
         wanted = [(node, *_parse_node(node)) for node in nodes]
         found = {}
         for index in range(max(index for _, index, _ in wanted) + 1):
-            tokens = self.run_layer(index, tokens)
+            tokens = self.run_layer(index, tokens, grid)
             # The final norm belongs to the last layer only: earlier outputs are not normalised.
             last = index == len(self.layers) - 1
             output = self.ln1(tokens) if last else tokens
@@ -346,8 +355,8 @@ class VisionTransformer(Backbone):
                     found[node] = self.output(output, grid, kind)
         return {node: found[node] for node in nodes}
 
-    def run_layer(self, index: int, tokens: Tensor) -> Tensor:
-        """[n, l, c] to [n, l, c]."""
+    def run_layer(self, index: int, tokens: Tensor, grid: tuple[int, int]) -> Tensor:  # noqa: ARG002 - relatives use it
+        """[n, l, c] to [n, l, c]; `grid` is (rows, columns) of the patches."""
         mixed: Tensor = self.layers[index](tokens)
         return mixed
 
@@ -356,7 +365,8 @@ class VisionTransformer(Backbone):
         tokens, grid = self.patch_embed(images)
         if self.cls_token is not None:
             tokens = before(self.cls_token, tokens)
-        return self.pre_norm(tokens + self.positions(grid)), grid
+        tokens = self.pre_norm(tokens + self.positions(grid))
+        return (tokens[:, 1:] if self.spec.drops_cls_token else tokens), grid
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """`pos_embed` for a grid of patches."""
@@ -433,7 +443,7 @@ def _fitted(pos_embed: Tensor, spec: VisionTransformerSpec) -> Tensor:
     if pos_embed.ndim != 3 or pos_embed.shape[0] != 1 or pos_embed.shape[2] != spec.size.width:
         return pos_embed
     length = pos_embed.shape[1]
-    if not spec.with_cls_token and (length == spec.tokens + 1 or _is_square(length - 1)):
+    if not spec.has_cls_token and (length == spec.tokens + 1 or _is_square(length - 1)):
         pos_embed, length = pos_embed[:, 1:], length - 1
     patches = length - spec.extra_positions
     if length == spec.tokens or not _is_square(patches):
@@ -455,6 +465,8 @@ GELUS: dict[str, Activation] = {
     "QuickGELU": "quick_gelu",
     "mmpretrain.QuickGELU": "quick_gelu",
     "mmcls.QuickGELU": "quick_gelu",
+    "ReLU": "relu",
+    "SiLU": "silu",
 }
 # What `output_cls_token` of mmcls 0.x returns for an index, as (suffix of the level's name, node).
 WITH_CLS_TOKEN: tuple[tuple[str, OutputKind], ...] = (("", "featmap"), (".cls", "cls_token"))
@@ -489,7 +501,7 @@ class ActivationConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    type: Literal["GELU", "QuickGELU", "mmpretrain.QuickGELU", "mmcls.QuickGELU"]
+    type: Literal["GELU", "QuickGELU", "mmpretrain.QuickGELU", "mmcls.QuickGELU", "ReLU", "SiLU"]
 
 
 class PlainLayerConfig(BaseModel):
@@ -498,6 +510,19 @@ class PlainLayerConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     act_cfg: ActivationConfig = ActivationConfig(type="GELU")
+    drop_rate: DropRate = Field(0.0, description="Training only; changes nothing here.")
+    attn_drop_rate: DropRate = Field(0.0, description="Training only; changes nothing here.")
+    drop_path_rate: DropRate = Field(0.0, description="Training only; changes nothing here.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_all_layers(cls, raw: Any) -> Any:
+        """The library takes a list, too, one entry a layer; here all of them must be the same."""
+        if not isinstance(raw, (list, tuple)):
+            return raw
+        if not raw or any(entry != raw[0] for entry in raw):
+            raise ValueError("layers that differ from each other are not served; give one object for all")
+        return raw[0]
 
 
 class LayerConfig(PlainLayerConfig):
@@ -558,7 +583,7 @@ class TransformerConfig(BackboneConfig):
     with_cls_token: bool = True
     interpolate_mode: Interpolation = "bicubic"
     patch_cfg: PatchConfig = PatchConfig()
-    layer_cfgs: PlainLayerConfig = PlainLayerConfig()
+    layer_cfgs: Annotated[PlainLayerConfig, OneForAll] = PlainLayerConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -619,6 +644,8 @@ class TransformerConfig(BackboneConfig):
             average_norm="avg_featmap" in dict(self.outputs()).values(),
             activation=GELUS[self.layer_cfgs.act_cfg.type],
             interpolation=self.interpolate_mode,
+            # mmcls makes a class token even where it does not use it; mmpretrain does not.
+            drops_cls_token=self.output_cls_token is not None and not self.with_cls_token,
         )
 
     def architecture(self) -> dict[str, Any]:
@@ -668,8 +695,29 @@ class VisionTransformerConfig(FreezableTransformerConfig):
     ] = "base"
     qkv_bias: bool = True
     layer_scale_init_value: Annotated[float, Field(ge=0, le=100)] = 0.0
-    layer_cfgs: LayerConfig = LayerConfig()
+    layer_cfgs: Annotated[LayerConfig, OneForAll] = LayerConfig()
     pre_norm: bool = False
+    avg_token: bool = Field(
+        False,
+        description="mmcls 1.0rc: the normed mean of the patches in place of their map, as avg_featmap.",
+    )
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        """What each key allows alone but the network does not, as (key, detail)."""
+        if self.avg_token and self.output_cls_token is None:
+            yield (
+                "avg_token",
+                "is mmcls's older spelling; give it with output_cls_token, or out_type avg_featmap",
+            )
+        yield from super().faults()
+
+    def outputs(self) -> tuple[tuple[str, OutputKind], ...]:
+        """What each index returns, as (suffix of the level's name, kind of node)."""
+        if not self.avg_token:
+            return super().outputs()
+        return tuple(
+            (suffix, "avg_featmap" if kind == "featmap" else kind) for suffix, kind in super().outputs()
+        )
 
     def spec(self) -> VisionTransformerSpec:
         """The neutral spelling."""
@@ -728,7 +776,77 @@ def make_transformer_family(
         load=load,
         example=lambda type_name: {"type": type_name, **example},
         architectures=lambda type_name: tuple(config.ARCHS),  # noqa: ARG005 - the same for every spelling
+        naming=VIT_NAMES,
     )
+
+
+_TIMM_NAMES = {
+    **{name: name for name in ("cls_token", "dist_token", "pos_embed")},
+    "patch_embed.projection.{leaf}": "patch_embed.proj.{leaf}",
+    "pre_norm.{leaf}": "norm_pre.{leaf}",
+    "layers.{i}.ln{k}.{leaf}": "blocks.{i}.norm{k}.{leaf}",
+    "layers.{i}.ffn.layers.0.0.{leaf}": "blocks.{i}.mlp.fc1.{leaf}",
+    "layers.{i}.ffn.layers.1.{leaf}": "blocks.{i}.mlp.fc2.{leaf}",
+    "layers.{i}.attn.gamma1.weight": "blocks.{i}.ls1.gamma",
+    "layers.{i}.ffn.gamma2.weight": "blocks.{i}.ls2.gamma",
+    "layers.{i}.gamma_{k}": "blocks.{i}.gamma_{k}",
+    **{
+        f"layers.{{i}}.attn.{name}": f"blocks.{{i}}.attn.{name}"
+        for name in ("qkv.{leaf}", "proj.{leaf}", "q_bias", "v_bias", "relative_position_bias_table")
+    },
+    "ln1.{leaf}": "norm.{leaf}",
+    "ln2.{leaf}": "fc_norm.{leaf}",
+}
+_GATED = rules(
+    {
+        "layers.{i}.ffn.w12.{leaf}": "blocks.{i}.mlp.fc1.{leaf}",
+        "layers.{i}.ffn.w3.{leaf}": "blocks.{i}.mlp.fc2.{leaf}",
+    }
+)
+# as DINOv2's own code calls them
+_OFFICIAL_GATED = rules(
+    {f"layers.{{i}}.ffn.{w}.{{leaf}}": f"blocks.{{i}}.mlp.{w}.{{leaf}}" for w in ("w12", "w3")}
+)
+
+
+def _timm_rules(state: StateDict, ours: bool) -> tuple[KeyRule, ...]:
+    """A gated feed-forward has the names of a plain one in timm, and twice the channels between its layers."""
+    first, last = (state.get(f"blocks.0.mlp.fc{k}.weight") for k in (1, 2))
+    gated = ours or (first is not None and last is not None and first.shape[0] == 2 * last.shape[-1])
+    return (*(_GATED if gated else ()), *rules(_TIMM_NAMES), *_OFFICIAL_GATED)
+
+
+_TORCHVISION_LAYER = "encoder.layers.encoder_layer_{i}."
+VIT_NAMES = Naming(
+    "VisionTransformer",
+    own=("mmpretrain",),
+    marks=("patch_embed.projection.weight", "layers.0.ln1.weight", "layers.0.attn.qkv.weight"),
+    layouts=(
+        # Also those of the official ViT, DeiT, DINO, DINOv2, MAE and BEiT: timm's own began with them.
+        KeyLayout("timm", _timm_rules),
+        KeyLayout(
+            "torchvision",
+            (
+                *rules(
+                    {
+                        "cls_token": "class_token",
+                        "pos_embed": "encoder.pos_embedding",
+                        "patch_embed.projection.{leaf}": "conv_proj.{leaf}",
+                        "layers.{i}.ln{k}.{leaf}": _TORCHVISION_LAYER + "ln_{k}.{leaf}",
+                        "layers.{i}.attn.qkv.{leaf}": _TORCHVISION_LAYER + "self_attention.in_proj_{leaf}",
+                        "layers.{i}.attn.proj.{leaf}": _TORCHVISION_LAYER + "self_attention.out_proj.{leaf}",
+                        "layers.{i}.ffn.layers.0.0.{leaf}": _TORCHVISION_LAYER + "mlp.0.{leaf}",
+                        "layers.{i}.ffn.layers.1.{leaf}": _TORCHVISION_LAYER + "mlp.3.{leaf}",
+                        "ln1.{leaf}": "encoder.ln.{leaf}",
+                    }
+                ),
+                # torchvision's own files, which are older than what loads them
+                *rules({"layers.{i}.ffn.layers.0.0.{leaf}": _TORCHVISION_LAYER + "mlp.linear_1.{leaf}"}),
+                *rules({"layers.{i}.ffn.layers.1.{leaf}": _TORCHVISION_LAYER + "mlp.linear_2.{leaf}"}),
+            ),
+        ),
+    ),
+)
 
 
 VISION_TRANSFORMER = make_transformer_family(

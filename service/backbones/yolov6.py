@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -57,6 +57,15 @@ class BlockSpec:
         if self.branches:
             return BranchedConv(self, inputs, outputs, stride)
         return WrappedConv(self, inputs, outputs, stride)
+
+
+def unbiased_conv(
+    style: ConvStyle, inputs: int, outputs: int, kernel: int = 1, *, stride: int = 1
+) -> ConvModule:
+    """A convolution that has no bias even without a norm."""
+    return ConvModule(
+        inputs, outputs, kernel, stride=stride, bias=False, norm=style.norm, activation=style.activation
+    )
 
 
 class BranchedConv(Scale):
@@ -159,9 +168,9 @@ class PartialStage(nn.Module):
         inputs: int | None = None,
     ) -> None:
         super().__init__()
-        self.conv1 = style.conv(inputs or width, hidden)
-        self.conv2 = style.conv(inputs or width, hidden)
-        self.conv3 = style.conv(2 * hidden, width)
+        self.conv1 = unbiased_conv(style, inputs or width, hidden)
+        self.conv2 = unbiased_conv(style, inputs or width, hidden)
+        self.conv3 = unbiased_conv(style, 2 * hidden, width)
         self.block = BlockStage([WeighedPair(block, hidden) for _ in range(pairs)])
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -330,8 +339,9 @@ class EfficientRepConfig(YoloConfig):
 
 
 class CSPBepConfig(EfficientRepConfig):
-    """`mmyolo.YOLOv6CSPBep`."""
+    """`mmyolo.YOLOv6CSPBep`, which takes `use_cspsppf` and does not follow it."""
 
+    use_cspsppf: bool = Field(False, description="The library ignores it here, and so does this.")
     hidden_ratio: Annotated[float, Field(ge=0.05, le=4)] = Field(
         0.5, description="Channels of a stage's blocks over those of the stage."
     )
@@ -341,6 +351,10 @@ class CSPBepConfig(EfficientRepConfig):
     block_cfg: BlockConfig = Field(
         WrappedBlockConfig(type="ConvWrapper"), description="The block that stages are made of."
     )
+
+    def spec(self) -> YOLOv6Spec:
+        """The neutral spelling."""
+        return replace(super().spec(), partial_pyramid=False)
 
     def hidden(self) -> tuple[int, ...]:
         """The channels of the blocks."""

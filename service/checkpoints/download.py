@@ -1,4 +1,4 @@
-"""Fetch one file over HTTP: to a temporary file, bounded in bytes and in time, checked, then renamed.
+"""Fetch one file over HTTP: into a part, bounded in bytes and in time, checked, then renamed.
 
 Beside every fetched file lies a receipt (`FILE.json`) with its sha256: both together say that it is whole and
 was what its source promised. A file without one is not used.
@@ -9,27 +9,36 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 from urllib.parse import urljoin, urlsplit
 
 import httpx
 import orjson
 
 from service.checkpoints.names import RefusedNameError
+from service.checkpoints.parts import SUFFIX, Part, note_of, open_part
+from service.checkpoints.transfers import Transfer, Watch
 from service.errors import RemoteFailed, RemoteTimeout, ServiceError, Unavailable
 
 MAX_REDIRECTS: Final = 3
 STALL_S: Final = 15.0
+HEAD_S: Final = 15.0
+# A transfer that breaks off is gone on with, this often less one.
+ATTEMPTS: Final = 3
 MAX_RECEIPT_BYTES: Final = 4096
 DISK_RETRY_AFTER_S: Final = 60.0
 GONE: Final = frozenset({401, 403, 404, 410})
 FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+ANSWERS_TO_RANGE: Final = frozenset(
+    {httpx.codes.PARTIAL_CONTENT, httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE}
+)
+CONTENT_RANGE: Final = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
 HUB_DELIVERY: Final = (".huggingface.co", ".hf.co")
 
 
@@ -67,6 +76,10 @@ class Head:
     size: int | None
 
 
+class _StartOverError(Exception):
+    """The server does not go on with what is here, and how it said so."""
+
+
 def allowed_redirects(hosts: frozenset[str], url: str) -> Callable[[str], bool]:
     """Which URLs a source at `url` may lead on to: https at allowed hosts, or more of the same server.
 
@@ -86,8 +99,16 @@ def allowed_redirects(hosts: frozenset[str], url: str) -> Callable[[str], bool]:
     return redirects_to
 
 
-def fetch(source: Source, target: Path, limits: Limits, head: Head | None = None) -> None:
+def fetch(
+    source: Source,
+    target: Path,
+    limits: Limits,
+    head: Head | None = None,
+    transfer: Transfer | None = None,
+) -> None:
     """Download to `target` and write its receipt; on any failure neither is there.
+
+    What came before the remote host failed may stay, as a part that a later call goes on with.
 
     Raises:
         RefusedNameError: the source has no such file, or it is over `max_bytes`.
@@ -95,16 +116,14 @@ def fetch(source: Source, target: Path, limits: Limits, head: Head | None = None
         RemoteTimeout: too slow.
         Unavailable: no room on the disk, or it cannot be written.
     """
+    transfer = Transfer(source.name) if transfer is None else transfer
     with _disk(source.name):
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(suffix=".part", dir=target.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                sha256 = _download(source, file, limits, head)
-            _check_digest(source, sha256, head)
-            _keep(Path(partial), target, sha256)
-        finally:
-            Path(partial).unlink(missing_ok=True)
+        with open_part(target) as part, Watch(limits.download_timeout_s) as watch:
+            transfer.begin(watch)
+            sha256 = _Download(source, part, limits, head, transfer, watch).run()
+            part.sync()
+            _keep(part, target, sha256)
 
 
 def head_of(source: Source, limits: Limits) -> Head:
@@ -113,13 +132,16 @@ def head_of(source: Source, limits: Limits) -> Head:
     Raises:
         RefusedNameError, RemoteFailed, RemoteTimeout: as `fetch`.
     """
-    deadline = time.monotonic() + limits.download_timeout_s
-    with _remote(source.name), _client(limits.connect_timeout_s, limits.connect_timeout_s) as client:
+    with (
+        Watch(min(HEAD_S, limits.download_timeout_s)) as watch,
+        _remote(source.name, watch),
+        _client(limits.connect_timeout_s, limits.connect_timeout_s) as client,
+    ):
         url = source.url
         told: dict[str, str] = {}
         for _ in range(MAX_REDIRECTS + 1):
-            _check_deadline(source.name, deadline)
-            response = client.head(url)
+            watch.check(source.name)
+            response = client.head(url, extensions={"trace": watch.trace})
             told |= {key: value for key, value in _told(response).items() if value}
             if not response.is_redirect or "sha256" in told:
                 break
@@ -142,67 +164,144 @@ def _receipt(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def _keep(partial: Path, target: Path, sha256: str) -> None:
+def _keep(part: Part, target: Path, sha256: str) -> None:
     """Move the file to its place; the receipt comes last, so that it never vouches for another file."""
     receipt = _receipt(target)
     receipt.unlink(missing_ok=True)
-    os.chmod(partial, 0o644)
-    partial.replace(target)
-    fresh = partial.with_name(partial.name + ".json")
+    part.move_to(target)
+    handle, fresh = tempfile.mkstemp(suffix=SUFFIX, dir=target.parent)
     try:
-        fresh.write_bytes(orjson.dumps({"sha256": sha256}))
-        fresh.replace(receipt)
+        with os.fdopen(handle, "wb") as file:
+            file.write(orjson.dumps({"sha256": sha256}))
+        Path(fresh).replace(receipt)
     finally:
-        fresh.unlink(missing_ok=True)
+        Path(fresh).unlink(missing_ok=True)
 
 
-def _download(source: Source, file: BinaryIO, limits: Limits, head: Head | None) -> str:
-    """Stream the body into `file`; gives its sha256."""
-    deadline = time.monotonic() + limits.download_timeout_s
-    stall_s = min(STALL_S, limits.download_timeout_s)
-    with (
-        _remote(source.name),
-        _client(limits.connect_timeout_s, stall_s) as client,
-        _opened(client, source, deadline) as response,
-    ):
+@dataclass
+class _Download:
+    """One file on its way into a part, over at most `ATTEMPTS` connections."""
+
+    source: Source
+    part: Part
+    limits: Limits
+    head: Head | None
+    transfer: Transfer
+    watch: Watch
+
+    def run(self) -> str:
+        """Fetch what is missing; gives the sha256 of the whole."""
+        name = self.source.name
+        for left in reversed(range(ATTEMPTS)):
+            began_at, fetched = self.part.size, self.transfer.fetched
+            try:
+                sha256 = self._attempt()
+            except _StartOverError as error:
+                self.part.restart(None)
+                if not left:
+                    raise RemoteFailed(str(error)) from error
+                continue
+            except (RemoteFailed, RemoteTimeout):
+                # A host that sends nothing more is not asked again, nor is one that cannot go on with its file.
+                is_stuck = self.part.note is None or self.transfer.fetched == fetched
+                if not left or is_stuck or self.watch.is_over:
+                    raise
+                continue
+            if self._is_promised(sha256):
+                return sha256
+            self.part.restart(None)
+            if not began_at:  # all of it came now: it is not that the beginning was of another file
+                break
+        raise RemoteFailed(f"{name}: what came is damaged, its sha256 is not the promised one")
+
+    def _is_promised(self, sha256: str) -> bool:
+        return all(sha256.startswith(promised) for promised in self._promises())
+
+    def _promises(self) -> tuple[str, str]:
+        return self.source.digest, self.head.sha256 if self.head is not None else ""
+
+    def _attempt(self) -> str:
+        """Stream what is missing into the part; gives the sha256 of all of it."""
+        stall_s = min(STALL_S, self.limits.download_timeout_s)
+        with (
+            _remote(self.source.name, self.watch),
+            _client(self.limits.connect_timeout_s, stall_s) as client,
+            _opened(client, self.source, self.watch, self._range()) as response,
+        ):
+            size = self._begun(response)
+            self.transfer.received, self.transfer.total = self.part.size, size
+            _check_size(self.source.name, size or 0, self.limits)
+            return self._copied(response, size)
+
+    def _range(self) -> dict[str, str]:
+        """Headers that ask for what is missing of the very same file."""
+        note, size = self.part.note, self.part.size
+        if note is None or not size or note.url != self.source.url:
+            return {}
+        return {"Range": f"bytes={size}-", "If-Range": note.validator}
+
+    def _begun(self, response: httpx.Response) -> int | None:
+        """Make the part end where the answer begins; gives the bytes of the whole file or None."""
+        if "Range" in response.request.headers and response.status_code in ANSWERS_TO_RANGE:
+            return self._continued(response)
+        _check_status(self.source.name, response)
         size = _announced(response.headers)
-        if size is None and head is not None:
-            size = head.size
-        _check_size(source.name, size or 0, limits)
-        return _copy(source.name, response, file, limits, deadline, size)
+        if size is None and self.head is not None:
+            size = self.head.size
+        self.part.restart(note_of(self.source.url, response.headers, size))
+        return size
+
+    def _continued(self, response: httpx.Response) -> int:
+        """The bytes of the whole file, if the answer is what is missing of it.
+
+        Raises:
+            _StartOverError: it is something else.
+        """
+        name, note = self.source.name, self.part.note
+        found = CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        if response.status_code != httpx.codes.PARTIAL_CONTENT or found is None or note is None:
+            raise _StartOverError(f"{name}: the remote host answered {response.status_code}")
+        first, last = int(found[1]), int(found[2])
+        size = last + 1 if found[3] == "*" else int(found[3])
+        etag = response.headers.get("ETag", "")
+        is_same = note.size in (None, size) and (not note.is_etag or etag in ("", note.validator))
+        if first != self.part.size or last + 1 != size or not is_same or _is_compressed(response):
+            raise _StartOverError(f"{name}: the remote host sent another part than it was asked for")
+        return size
+
+    def _copied(self, response: httpx.Response, size: int | None) -> str:
+        name, digest = self.source.name, hashlib.sha256()
+        for chunk in self.part.chunks():
+            digest.update(chunk)
+        for chunk in response.iter_raw():
+            _check_size(name, self.part.size + len(chunk), self.limits)
+            self.watch.check(name)
+            digest.update(chunk)
+            self.part.write(chunk)
+            self.transfer.came(len(chunk))
+        self.watch.check(name)
+        if size is not None and self.part.size != size:
+            raise RemoteFailed(f"{name}: the download broke off after {self.part.size} of {size} bytes")
+        if size is None and not _has_end(response) and not any(self._promises()):
+            raise RemoteFailed(f"{name}: the remote host does not say how long the file is")
+        return digest.hexdigest()
 
 
-def _copy(
-    name: str,
-    response: httpx.Response,
-    file: BinaryIO,
-    limits: Limits,
-    deadline: float,
-    size: int | None,
-) -> str:
-    digest, received = hashlib.sha256(), 0
-    for chunk in response.iter_raw():
-        received += len(chunk)
-        _check_size(name, received, limits)
-        _check_deadline(name, deadline)
-        digest.update(chunk)
-        file.write(chunk)
-    if size is not None and received != size:
-        raise RemoteFailed(f"{name}: the download broke off after {received} of {size} bytes")
-    file.flush()
-    os.fsync(file.fileno())
-    return digest.hexdigest()
+def _has_end(response: httpx.Response) -> bool:
+    """Whether the body says where it ends; else a connection that breaks off looks like the end."""
+    return "chunked" in response.headers.get("Transfer-Encoding", "").lower()
 
 
 @contextmanager
-def _opened(client: httpx.Client, source: Source, deadline: float) -> Iterator[httpx.Response]:
+def _opened(
+    client: httpx.Client, source: Source, watch: Watch, headers: Mapping[str, str]
+) -> Iterator[httpx.Response]:
     """The answer with the body, redirects followed one by one and each one checked."""
     url = source.url
     for _ in range(MAX_REDIRECTS + 1):
-        _check_deadline(source.name, deadline)
-        with client.stream("GET", url) as response:
+        watch.check(source.name)
+        with client.stream("GET", url, headers=headers, extensions={"trace": watch.trace}) as response:
             if not response.is_redirect:
-                _check_status(source.name, response)
                 yield response
                 return
             url = _redirected(source, url, response)
@@ -256,8 +355,15 @@ def _check_status(name: str, response: httpx.Response, *, redirect_is_fine: bool
         raise RefusedNameError(f"{name}: there is no such public file")
     if response.is_redirect and redirect_is_fine:
         return
-    if response.status_code != httpx.codes.OK or response.headers.get("Content-Encoding"):
+    if response.status_code != httpx.codes.OK:
         raise RemoteFailed(f"{name}: the remote host answered {response.status_code}")
+    if _is_compressed(response):
+        raise RemoteFailed(f"{name}: the remote host sent it compressed, and was asked not to")
+
+
+def _is_compressed(response: httpx.Response) -> bool:
+    encoding: str = response.headers.get("Content-Encoding", "identity")
+    return encoding.lower() != "identity"
 
 
 def _check_size(name: str, size: int, limits: Limits) -> None:
@@ -265,25 +371,15 @@ def _check_size(name: str, size: int, limits: Limits) -> None:
         raise RefusedNameError(f"{name}: is over the limit of {limits.max_bytes} bytes")
 
 
-def _check_deadline(name: str, deadline: float) -> None:
-    if time.monotonic() > deadline:
-        raise RemoteTimeout(f"{name}: the download took too long")
-
-
-def _check_digest(source: Source, sha256: str, head: Head | None) -> None:
-    promised = head.sha256 if head is not None else ""
-    if not sha256.startswith(source.digest) or not sha256.startswith(promised):
-        raise RemoteFailed(f"{source.name}: what came is damaged, its sha256 is not the promised one")
-
-
 @contextmanager
-def _remote(name: str) -> Iterator[None]:
+def _remote(name: str, watch: Watch) -> Iterator[None]:
     """Errors of the network in the service's words."""
     try:
         yield
     except httpx.TimeoutException as error:
         raise RemoteTimeout(f"{name}: the remote host did not answer in time") from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
+        watch.check(name)
         raise RemoteFailed(f"{name}: the remote host could not be reached or broke off") from error
 
 

@@ -16,6 +16,7 @@ import orjson
 
 from service.checkpoints.download import Head, Limits, Source, allowed_redirects, fetch, head_of
 from service.checkpoints.names import HubName, RefusedNameError
+from service.checkpoints.transfers import Transfer
 from service.errors import RemoteFailed
 
 DEFAULT_ENDPOINT: Final = "https://huggingface.co"
@@ -32,15 +33,15 @@ class Hub:
     hosts: frozenset[str]
     limits: Limits
 
-    def fetch(self, name: HubName, file: str, target: Path) -> None:
-        """Download one file of a repository to `target`.
+    def fetch(self, name: HubName, file: str, target: Path, transfer: Transfer) -> None:
+        """Download one file of a repository to `target`; `transfer` is told how far it is.
 
         Raises:
             RefusedNameError: no such repository, revision or file.
             RemoteFailed, RemoteTimeout, Unavailable: see `download.fetch`.
         """
         source = self._source(name, file)
-        fetch(source, target, self._limits(file), self._head(source, file))
+        fetch(source, target, self._limits(file), self._head(source, file), transfer)
 
     def usual_file(self, name: HubName) -> str:
         """The first of `USUAL_FILES` that the repository has."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from service.errors import CheckpointMismatch
 
 COUNTER: Final = "num_batches_tracked"
 SHOWN_NAMES: Final = 3
+Part = Literal["backbone", "neck"]
 
 
 def never(_name: str) -> bool:
@@ -34,7 +35,12 @@ class _Comparison:
 
 
 def load_strict(
-    module: nn.Module, state: StateDict, ref: WeightsRef, *, optional: Callable[[str], bool] = never
+    module: nn.Module,
+    state: StateDict,
+    ref: WeightsRef,
+    *,
+    optional: Callable[[str], bool] = never,
+    part: Part = "backbone",
 ) -> LoadedKeys:
     """Fill the parameters and persistent buffers of `module` in place, or copy nothing if anything is wrong.
 
@@ -47,6 +53,7 @@ def load_strict(
         state: from `read_checkpoint`, with the family's own names.
         ref: the prefix, and the key of the request to blame.
         optional: entries that may be missing; they are reported and keep their values.
+        part: what errors call the module.
 
     Raises:
         CheckpointMismatch: an entry is missing, or has another shape or kind of number in the file.
@@ -54,11 +61,11 @@ def load_strict(
     """
     entries = _entries(module)
     named, prefix, dropped = _named(state, ref, [name for name in entries if _is_needed(name, optional)])
-    compared = _compare(entries, named, optional)
+    compared = _compare(entries, named, optional, part)
     unexpected = (*(prefix + name for name in compared.unexpected), *dropped)
     nothing_fits = bool(entries) and not any(name in named for name in entries)
     if compared.missing or compared.wrong_shape or nothing_fits:
-        detail = _explained(compared, entries, state)
+        detail = _explained(compared, entries, state, part)
         raise CheckpointMismatch(
             ref.pointer,
             detail,
@@ -88,14 +95,16 @@ def _is_needed(name: str, optional: Callable[[str], bool]) -> bool:
     return name.rpartition(".")[2] != COUNTER and not optional(name)
 
 
-def _compare(entries: Mapping[str, Tensor], named: StateDict, optional: Callable[[str], bool]) -> _Comparison:
+def _compare(
+    entries: Mapping[str, Tensor], named: StateDict, optional: Callable[[str], bool], part: Part
+) -> _Comparison:
     absent = [name for name in entries if name not in named and name.rpartition(".")[2] != COUNTER]
     both = [name for name in entries if name in named]
     return _Comparison(
         missing=tuple(name for name in absent if not optional(name)),
         optional=tuple(name for name in absent if optional(name)),
         wrong_shape=tuple(
-            f"{name}: file {_shown(named[name])}, backbone {_shown(entries[name])}"
+            f"{name}: file {_shown(named[name])}, {part} {_shown(entries[name])}"
             for name in both
             if not _fits(name, named[name], entries[name])
         ),
@@ -115,13 +124,11 @@ def _shown(tensor: Tensor) -> str:
     return shape if tensor.is_floating_point() else f"{shape} {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def _explained(compared: _Comparison, entries: Mapping[str, Tensor], state: StateDict) -> str:
+def _explained(compared: _Comparison, entries: Mapping[str, Tensor], state: StateDict, part: Part) -> str:
     """What is wrong, with counts and the first names."""
     if len(compared.missing) + len(compared.optional) == _without_counters(entries):
         theirs, ours = listed_prefixes(state), listed_prefixes(entries)
-        return (
-            f"none of the file's {len(state)} keys fit; they begin with {theirs}; the backbone's with {ours}"
-        )
+        return f"none of the file's {len(state)} keys fit; they begin with {theirs}; the {part}'s with {ours}"
     parts = []
     if compared.missing:
         first = _first(compared.missing)

@@ -14,9 +14,9 @@ from pathlib import PurePosixPath
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
-from service.checkpoints.published import SCHEMES, nearest_names, url_of
+from service.checkpoints.published import FOLDERS, SCHEMES, nearest_names, url_of
 
-EXTENSIONS: Final = (".safetensors", ".pth", ".pt", ".bin", ".pyth")
+EXTENSIONS: Final = (".safetensors", ".pth", ".pt", ".bin", ".pyth", ".pkl")
 HUB_SCHEME: Final = "hf-hub:"
 DOWNLOAD_FOLDERS: Final = frozenset({"hub", "url"})
 MAX_NAME_LENGTH: Final = 512
@@ -28,10 +28,16 @@ FORMS: Final = (
     "open-mmlab://NAME",
     "mmcls://NAME",
     "torchvision://NAME",
+    "detectron2://PATH",
+    "catalog://NAME",
 )
+# What detectron2 reads of a path besides: names are matched here without being told.
+HEURISTICS: Final = "?matching_heuristics=True"
 
 _REPOSITORY_PART: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 _FILE_PART: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@-]{0,199}")
+# Caffe2's detectors lie in folders with a colon in their name.
+_FOLDER_PART: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@:-]{0,199}")
 _HOST: Final = re.compile(r"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)*[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -166,10 +172,19 @@ def _url_name(name: str) -> UrlName:
     if not plain or not _HOST.fullmatch(host):
         raise RefusedNameError(f"{shown(name)}: a checkpoint URL is https, a host, and a path, nothing else")
     parts = [unquote(part) for part in url.path.split("/")[1:]]
-    if not parts or not all(_FILE_PART.fullmatch(part) for part in parts):
+    well_formed = all(_FOLDER_PART.fullmatch(part) for part in parts[:-1])
+    if not well_formed or not _FILE_PART.fullmatch(parts[-1]):
         raise RefusedNameError(f"{shown(name)}: the path of a checkpoint URL is of plain names")
     check_extension(parts[-1])
     return UrlName(name, host, url.path, parts[-1], digest_in(parts[-1]))
+
+
+def _folder_name(name: str) -> UrlName:
+    """The URL that a path of a library's host is."""
+    scheme, slashes, path = name.partition("//")
+    if not slashes or not path:
+        raise RefusedNameError(f"{shown(name)} is not of the form {scheme.partition(':')[0]}://PATH")
+    return _url_name(FOLDERS[scheme] + path.removesuffix(HEURISTICS))
 
 
 def _published_name(name: str) -> UrlName:
@@ -200,4 +215,5 @@ _PARSERS: Final[Mapping[str, Callable[[str], Name]]] = {
     HUB_SCHEME: _hub_name,
     "https:": _url_name,
     **dict.fromkeys(SCHEMES, _published_name),
+    **dict.fromkeys(FOLDERS, _folder_name),
 }

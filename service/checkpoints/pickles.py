@@ -12,7 +12,8 @@ The opcodes are those of the standard library's `pickletools`; time and memory a
 from __future__ import annotations
 
 import pickletools
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -45,6 +46,18 @@ class Inert:
 
 
 INERT: Final = Inert()
+
+
+class Stateful(ABC):
+    """What a builder made and the pickle then gives a state, once; all else has its state dropped."""
+
+    @abstractmethod
+    def set_state(self, state: object) -> None:
+        """Take the state.
+
+        Raises:
+            DamagedPickleError, ForeignObjectError: it is not one of such an object.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +142,29 @@ class BoundedStream:
 
 
 Persistent = Callable[[object], object]
+# An opcode by the name that `pickletools` has for it, and its argument.
+Operation = tuple[str, object]
 
 
 def load_pickle(stream: BoundedStream, vocabulary: Vocabulary, persistent: Persistent) -> object:
     """The one object that the next pickle of the stream holds; the stream is left right behind it.
 
+    Args and errors are those of `load_operations`.
+    """
+    # typeshed asks for a whole IO; genops uses read and readline.
+    opcodes = pickletools.genops(stream)  # type: ignore[arg-type]
+    return load_operations(
+        ((opcode.name, argument) for opcode, argument, _ in opcodes), vocabulary, persistent
+    )
+
+
+def load_operations(
+    operations: Iterable[Operation], vocabulary: Vocabulary, persistent: Persistent
+) -> object:
+    """The one object that the operations make, the last of which is STOP.
+
     Args:
-        stream: where to read.
+        operations: those of one pickle.
         vocabulary: the names that are known.
         persistent: what a persistent id (a storage) stands for.
 
@@ -145,7 +174,7 @@ def load_pickle(stream: BoundedStream, vocabulary: Vocabulary, persistent: Persi
     """
     machine = _Machine(vocabulary, persistent)
     try:
-        return machine.run(stream)
+        return machine.run(operations)
     except (DamagedPickleError, ForeignObjectError):
         raise
     except (
@@ -167,14 +196,12 @@ class _Machine:
         self.below: list[list[object]] = []
         self.memo: dict[int, object] = {}
 
-    def run(self, stream: BoundedStream) -> object:
+    def run(self, operations: Iterable[Operation]) -> object:
         """Execute to STOP and give the top of the stack."""
-        # typeshed asks for a whole IO; genops uses read and readline.
-        opcodes = pickletools.genops(stream)  # type: ignore[arg-type]
-        for count, (opcode, argument, _) in enumerate(opcodes):
+        for count, (opcode, argument) in enumerate(operations):
             if count > MAX_OPCODES:
                 raise DamagedPickleError("too many objects")
-            self.execute(opcode.name, argument)
+            self.execute(opcode, argument)
         return self.stack.pop()
 
     def execute(self, opcode: str, argument: object) -> None:
@@ -352,10 +379,10 @@ def _call_with_keywords(machine: _Machine) -> None:
 
 
 def _build(machine: _Machine) -> None:
-    """Drop the state: what has a state is metadata, or the `_metadata` of a state dict."""
-    machine.stack.pop()
-    if not machine.stack:
-        raise IndexError
+    """Drop the state of what is metadata, or is the `_metadata` of a state dict."""
+    state, target = machine.stack.pop(), machine.stack[-1]
+    if isinstance(target, Stateful):
+        target.set_state(state)
 
 
 def _persistent_id(machine: _Machine) -> None:

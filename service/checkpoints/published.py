@@ -2,7 +2,8 @@
 
 `open-mmlab.json` and `mmcls.json` are mmengine 0.10.7's tables; `torchvision.json` is written by
 `make_catalogues`. A name of torchvision is a model's, which means its first weights, or has the weights after
-a dot, as in mmengine: `resnet50.imagenet1k_v2`, `resnet50.default`; a slash will do.
+a dot, as in mmengine: `resnet50.imagenet1k_v2`, `resnet50.default`; a slash will do. `detectron2.json` is the table
+behind `catalog://NAME` (detectron2's `checkpoint/catalog.py`); `detectron2://PATH` is a path on its host.
 """
 
 from __future__ import annotations
@@ -23,12 +24,26 @@ SCHEMES: Final[Mapping[str, str]] = {
     "mmcls:": "mmcls",
     "torchvision:": "torchvision",
     "modelzoo:": "torchvision",  # mmengine's deprecated spelling
+    "catalog:": "detectron2",
 }
+# Names that are a path below an address (detectron2's `utils/file_io.py`).
+FOLDERS: Final[Mapping[str, str]] = {"detectron2:": "https://dl.fbaipublicfiles.com/detectron2/"}
 # mmengine takes this off the names of such a file and drops the rest.
 PREFIXES: Final[Mapping[str, str]] = {"mmcls:": "backbone."}
 NEAREST: Final = 3
 NEAREST_SCORE: Final = 50
 
+_DETECTRON: Final = "https://dl.fbaipublicfiles.com/detectron/ImageNetPretrained/"
+_DETECTRON2: Final = "https://dl.fbaipublicfiles.com/detectron2/ImageNetPretrained/"
+# "MSRA models have STRIDE_IN_1X1=True. False otherwise" (detectron2's `checkpoint/catalog.py`).
+_PRETRAINED: Final[Mapping[str, Style]] = {
+    f"{_DETECTRON}MSRA/R-50.pkl": "caffe",
+    f"{_DETECTRON}MSRA/R-101.pkl": "caffe",
+    f"{_DETECTRON2}MSRA/R-50.pkl": "caffe",
+    f"{_DETECTRON2}MSRA/R-101.pkl": "caffe",
+    f"{_DETECTRON2}torchvision/R-50.pkl": "pytorch",
+    f"{_DETECTRON2}FAIR/X-101-32x8d.pkl": "pytorch",
+}
 _RESIDUAL: Final = ("resnet", "resnext", "wide_resnet", "se-resnet")
 _CAFFE: Final = (
     "detectron/resnet50_caffe",
@@ -40,6 +55,8 @@ _CAFFE: Final = (
 
 def url_of(scheme: str, name: str) -> str | None:
     """The URL behind a name without its scheme (`open-mmlab:`), deprecated names too; None if unknown."""
+    if scheme in FOLDERS:
+        return FOLDERS[scheme] + name
     catalogue = SCHEMES[scheme]
     if catalogue == "torchvision":
         model, slash, weights = name.partition("/")
@@ -72,7 +89,7 @@ def style_of(name: str) -> Style | None:
         name: of the checkpoint, by its scheme or as the URL itself.
     """
     scheme, slashes, rest = name.partition("//")
-    url = url_of(scheme, rest) if slashes and scheme in SCHEMES else name
+    url = url_of(scheme, rest) if slashes and (scheme in SCHEMES or scheme in FOLDERS) else name
     return _styles().get(url or "")
 
 
@@ -85,7 +102,12 @@ def _styles() -> dict[str, Style]:
         if name.startswith(_RESIDUAL)
     )
     caffe: dict[str, Style] = {_urls("open-mmlab")[name]: "caffe" for name in _CAFFE}
-    return {**dict.fromkeys(residual, "pytorch"), **caffe}
+    fair: dict[str, Style] = {
+        url: "pytorch"
+        for name, url in _urls("detectron2").items()
+        if name.startswith("ImageNetPretrained/FAIR")
+    }
+    return {**dict.fromkeys(residual, "pytorch"), **fair, **caffe, **_PRETRAINED}
 
 
 def _urls(catalogue: str) -> dict[str, str]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from service.checkpoints.numpy_files import ArrayRecord, read_numpy_file
 from service.checkpoints.pickles import DamagedPickleError, ForeignObjectError
-from service.checkpoints.torch_files import DTYPES, TensorRecord, read_torch_file
+from service.checkpoints.torch_files import DTYPES, TensorRecord, is_torch_file, read_torch_file
 from service.errors import CheckpointUnavailable, CheckpointUnreadable
 
 StateDict = dict[str, Tensor]
@@ -19,8 +20,12 @@ StateDict = dict[str, Tensor]
 # Where the libraries put the state dict: OpenMMLab and Lightning, detectron2 and timm's papers, pycls,
 # others.
 WRAPPERS: Final = ("state_dict", "model", "model_state", "model_state_dict")
+# Caffe2 put its networks into `blobs`, beside what the optimiser had for each of them.
+ARRAY_WRAPPERS: Final = (*WRAPPERS, "blobs")
+MOMENTUM: Final = "_momentum"
 DATA_PARALLEL: Final = "module."
 MAX_WRAPPERS: Final = 2
+R = TypeVar("R")
 
 
 def read_checkpoint(path: Path, *, pointer: str) -> StateDict:
@@ -28,7 +33,8 @@ def read_checkpoint(path: Path, *, pointer: str) -> StateDict:
 
     They are views of the mapped file: replace a checkpoint by renaming, never by writing into it. A state
     dict is taken out of `state_dict`, `model`, `model_state` or `model_state_dict`, or is the file itself;
-    what is not a tensor is left out, and a leading `module.` (data parallel training) is taken off.
+    what is not a tensor is left out, and a leading `module.` (data parallel training) is taken off. Of a `.pkl` the
+    arrays are read, also out of Caffe2's `blobs`, without its momenta.
 
     Raises:
         CheckpointUnreadable: not a file of dense real tensors; nothing that it names has been run.
@@ -63,35 +69,46 @@ def _read_safetensors(path: Path) -> StateDict:
 
 def _read_torch(path: Path) -> StateDict:
     file = read_torch_file(path)
-    named = _state_dict(file.root)
+    named = _state_dict(file.root, TensorRecord, WRAPPERS)
     try:
         return {name: file.storages.tensor(record) for name, record in named.items()}
     except RuntimeError as error:  # torch's own bounds, should ours have let something through
         raise DamagedPickleError("a tensor that torch refuses") from error
 
 
-_READERS: Final[Mapping[str, Callable[[Path], StateDict]]] = {".safetensors": _read_safetensors}
+def _read_pickle(path: Path) -> StateDict:
+    """A pickle of arrays; what `torch.save` has written is that, whatever it is called."""
+    if is_torch_file(path):
+        return _read_torch(path)
+    file = read_numpy_file(path)
+    named = _state_dict(file.root, ArrayRecord, ARRAY_WRAPPERS)
+    try:
+        return {name: file.tensor(record) for name, record in named.items() if not name.endswith(MOMENTUM)}
+    except (RuntimeError, UnicodeEncodeError) as error:  # torch's own bounds, or text that is no bytes
+        raise DamagedPickleError("an array that is none") from error
 
 
-def _state_dict(root: object) -> dict[str, TensorRecord]:
+_READERS: Final[Mapping[str, Callable[[Path], StateDict]]] = {
+    ".safetensors": _read_safetensors,
+    ".pkl": _read_pickle,
+}
+
+
+def _state_dict(root: object, kind: type[R], wrappers: Sequence[str]) -> dict[str, R]:
     for _ in range(MAX_WRAPPERS):
         if not isinstance(root, dict):
             return {}
-        inner = next((root[key] for key in WRAPPERS if isinstance(root.get(key), dict)), None)
+        inner = next((root[key] for key in wrappers if isinstance(root.get(key), dict)), None)
         if inner is None:
             break
         root = inner
-    return _records(root)
+    return _records(root, kind)
 
 
-def _records(mapping: object) -> dict[str, TensorRecord]:
+def _records(mapping: object, kind: type[R]) -> dict[str, R]:
     if not isinstance(mapping, dict):
         return {}
-    return {
-        key: value
-        for key, value in mapping.items()
-        if isinstance(key, str) and isinstance(value, TensorRecord)
-    }
+    return {key: value for key, value in mapping.items() if isinstance(key, str) and isinstance(value, kind)}
 
 
 def _without_data_parallel(state: StateDict) -> StateDict:

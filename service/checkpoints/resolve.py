@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from io import BufferedReader
@@ -32,21 +33,25 @@ from service.checkpoints.names import (
     HUB_SCHEME,
     FileName,
     HubName,
+    Name,
     RefusedNameError,
     UnknownFileError,
     UrlName,
     parse_name,
     shown,
 )
+from service.checkpoints.parts import sweep_parts
 from service.checkpoints.published import NEAREST, NEAREST_SCORE
+from service.checkpoints.transfers import Transfer
 from service.config.spec import WeightsRef
-from service.errors import CheckpointUnavailable
+from service.errors import CheckpointUnavailable, Draining
 
 MAX_LISTED: Final = 5000
 MAX_DIGESTS: Final = 4096
 
 SourceKind = Literal["checkpoint", "hub", "url"]
 Identity = tuple[str, int, int, int]
+_KINDS: Final[Mapping[type[Name], SourceKind]] = {FileName: "checkpoint", HubName: "hub", UrlName: "url"}
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,29 @@ class CheckpointStore:
         self._downloads: SingleFlight[Path, Path] = SingleFlight()
         self._digests = _Digests()
         self._settled: dict[str, CheckpointFile] = {}
+        self._lock = Lock()
+        self._transfers: dict[Path, Transfer] = {}
+        self._fetched_bytes = 0
+        self._is_stopped = False
+
+    @property
+    def transfers(self) -> tuple[Transfer, ...]:
+        """The downloads under way, by the names that they were first asked for."""
+        with self._lock:
+            return tuple(self._transfers.values())
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Bytes of checkpoints that ever came over the network."""
+        with self._lock:
+            return self._fetched_bytes + sum(transfer.fetched for transfer in self._transfers.values())
+
+    def stop(self) -> None:
+        """End the downloads under way; their beginnings stay. A download that begins later is refused."""
+        with self._lock:
+            self._is_stopped = True
+            for transfer in self._transfers.values():
+                transfer.stop()
 
     def peek(self, ref: WeightsRef) -> CheckpointFile | None:
         """The file that `resolve` found for this name before, if it is still the same; costs one look at it."""
@@ -109,6 +137,21 @@ class CheckpointStore:
         except OSError:
             unchanged = False
         return known if unchanged else None
+
+    def at_hand(self, ref: WeightsRef) -> CheckpointFile | None:
+        """The file that `resolve` would find without asking anybody, None if it must be fetched; reads all of it.
+
+        Raises:
+            CheckpointUnavailable: as `resolve`, where no network is needed to know.
+        """
+        try:
+            parsed = parse_name(ref.name)
+            path = self._kept(parsed)
+            if path is None:
+                return None
+            return self._settle(ref.name, self._described(path, _KINDS[type(parsed)], ref.name))
+        except RefusedNameError as error:
+            raise CheckpointUnavailable(ref.pointer, error.detail) from error
 
     def resolve(self, ref: WeightsRef) -> CheckpointFile:
         """The file that a config's weights are in, fetched if need be.
@@ -122,9 +165,12 @@ class CheckpointStore:
             found = self._resolved(ref.name)
         except RefusedNameError as error:
             raise CheckpointUnavailable(ref.pointer, error.detail) from error
+        return self._settle(ref.name, found)
+
+    def _settle(self, name: str, found: CheckpointFile) -> CheckpointFile:
         if len(self._settled) >= MAX_DIGESTS:
             self._settled.clear()
-        self._settled[ref.name] = found
+        self._settled[name] = found
         return found
 
     def hub_config(self, name: str, *, pointer: str = "#/backbone/model_name") -> dict[str, Any]:
@@ -137,7 +183,7 @@ class CheckpointStore:
             parsed = parse_name(name)
             if not isinstance(parsed, HubName):
                 raise RefusedNameError(f"{shown(name)} is not a name of the hub ({HUB_SCHEME}…)")
-            return read_config(self._hub_file(parsed, CONFIG_FILE), parsed)
+            return read_config(self._hub_file(parsed, CONFIG_FILE, name), parsed)
         except RefusedNameError as error:
             raise CheckpointUnavailable(pointer, error.detail) from error
 
@@ -147,9 +193,23 @@ class CheckpointStore:
             case FileName():
                 return self._described(self._local(parsed), "checkpoint", name)
             case HubName():
-                return self._described(self._hub_checkpoint(parsed), "hub", name)
+                return self._described(self._hub_checkpoint(parsed, name), "hub", name)
             case UrlName():
-                return self._described(self._url_file(parsed), "url", name)
+                return self._described(self._url_file(parsed, name), "url", name)
+
+    def _kept(self, parsed: Name) -> Path | None:
+        """The file of a name that needs no network, None if it has to be fetched."""
+        match parsed:
+            case FileName():
+                return self._local(parsed)
+            case HubName():
+                self._check_hub()
+                files = USUAL_FILES if parsed.file is None else (parsed.file,)
+                places = [hub_folder(self._directory, parsed) / file for file in files]
+            case UrlName():
+                self._check_host(parsed.host)
+                places = [self._url_place(parsed)]
+        return next((place for place in places if self._is_whole(place)), None)
 
     def _described(self, path: Path, source: SourceKind, name: str) -> CheckpointFile:
         try:
@@ -177,26 +237,26 @@ class CheckpointStore:
 
     # --- files from elsewhere -------------------------------------------------------------------
 
-    def _hub_checkpoint(self, name: HubName) -> Path:
+    def _hub_checkpoint(self, name: HubName, asked: str) -> Path:
         """The named file, or the usual one: a fetched one before asking which there are."""
-        if name.file is not None:
-            return self._hub_file(name, name.file)
-        self._check_hub()
-        folder = hub_folder(self._directory, name)
-        for file in USUAL_FILES:
-            if self._is_whole(folder / file):
-                return folder / file
-        return self._hub_file(name, self._hub.usual_file(name))
+        kept = self._kept(name)
+        if kept is not None:
+            return kept
+        return self._hub_file(name, name.file or self._hub.usual_file(name), asked)
 
-    def _hub_file(self, name: HubName, file: str) -> Path:
+    def _hub_file(self, name: HubName, file: str, asked: str) -> Path:
         self._check_hub()
         target = hub_folder(self._directory, name) / file
-        return self._fetched(target, partial(self._hub.fetch, name, file, target))
+        return self._fetched(target, asked, partial(self._hub.fetch, name, file, target))
 
-    def _url_file(self, name: UrlName) -> Path:
+    def _url_file(self, name: UrlName, asked: str) -> Path:
         self._check_host(name.host)
-        target = self._directory / "url" / name.key
-        return self._fetched(target, partial(fetch, self._url_source(name), target, self._limits))
+        target = self._url_place(name)
+        work = partial(fetch, self._url_source(name), target, self._limits, None)
+        return self._fetched(target, asked, work)
+
+    def _url_place(self, name: UrlName) -> Path:
+        return self._directory / "url" / name.key
 
     def _url_source(self, name: UrlName) -> Source:
         base = self._mirrors.get(name.host, f"https://{name.host}").rstrip("/")
@@ -212,15 +272,33 @@ class CheckpointStore:
         if host not in self._hosts:
             raise RefusedNameError(f"{host} is not a host that checkpoints are fetched from here")
 
-    def _fetched(self, target: Path, work: partial[None]) -> Path:
+    def _fetched(self, target: Path, asked: str, work: Callable[[Transfer], None]) -> Path:
         """The file at `target`; one thread fetches it, the others wait."""
 
         def once() -> Path:
             if not self._is_whole(target):
-                work()
+                with self._transfer(target, asked) as transfer:
+                    work(transfer)
             return target
 
         return self._downloads.do(target, once)
+
+    @contextmanager
+    def _transfer(self, target: Path, asked: str) -> Iterator[Transfer]:
+        """One download, listed while it is under way."""
+        for folder in DOWNLOAD_FOLDERS:
+            sweep_parts(self._directory / folder, self._limits.max_bytes)
+        transfer = Transfer(asked)
+        with self._lock:
+            if self._is_stopped:
+                raise Draining("no more checkpoints are fetched: the service is shutting down")
+            self._transfers[target] = transfer
+        try:
+            yield transfer
+        finally:
+            with self._lock:
+                del self._transfers[target]
+                self._fetched_bytes += transfer.fetched
 
     def _is_whole(self, target: Path) -> bool:
         """Whether a fetched file still has the bytes that its receipt vouches for."""

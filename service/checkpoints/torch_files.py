@@ -37,6 +37,8 @@ from service.checkpoints.pickles import (
 
 MAGIC_NUMBER: Final = 0x1950A86A20F9469CFC6C
 PROTOCOL_VERSION: Final = 1001
+ZIP_START: Final = b"PK\x03\x04"
+LEGACY_START: Final = b"\x80\x02\x8a\x0a" + MAGIC_NUMBER.to_bytes(10, "little") + b"."
 MAX_DIRECTORY_BYTES: Final = 32 * 2**20
 MAX_ELEMENTS: Final = 2**48
 MAX_DIMENSIONS: Final = 16
@@ -136,13 +138,18 @@ class Storages:
 
 
 def _extent(record: TensorRecord) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    size, stride, offset = _lengths(record.size), _lengths(record.stride), _lengths((record.offset,))[0]
+    size, stride, offset = lengths_of(record.size), lengths_of(record.stride), lengths_of((record.offset,))[0]
     if len(size) != len(stride) or math.prod(length for length in size if length) > MAX_ELEMENTS:
         raise DamagedPickleError("a tensor of an impossible shape")
     return size, stride, offset
 
 
-def _lengths(values: object) -> tuple[int, ...]:
+def lengths_of(values: object) -> tuple[int, ...]:
+    """A shape, a stride or a count as a pickle has it: at most `MAX_DIMENSIONS` numbers of at most `MAX_ELEMENTS`.
+
+    Raises:
+        DamagedPickleError: it is none.
+    """
     if not isinstance(values, tuple) or len(values) > MAX_DIMENSIONS:
         raise DamagedPickleError("a tensor of an impossible shape")
     lengths = tuple(value for value in values if type(value) is int and 0 <= value <= MAX_ELEMENTS)
@@ -341,13 +348,23 @@ def read_torch_file(path: Path) -> TorchFile:
         OSError: the file cannot be read.
     """
     with path.open("rb") as file:
-        start = file.read(4)
-        if len(start) < 4:
+        start = file.read(len(ZIP_START))
+        if len(start) < len(ZIP_START):
             raise DamagedPickleError("empty")
         file.seek(0)
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        reader = _read_zip if start == b"PK\x03\x04" else _read_legacy
+        reader = _read_zip if start == ZIP_START else _read_legacy
         return reader(file, mapped)
+
+
+def is_torch_file(path: Path) -> bool:
+    """Whether a file begins as those of `torch.save` do, whatever it is called.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        return file.read(len(LEGACY_START)).startswith((ZIP_START, LEGACY_START))
 
 
 def _read_zip(file: BinaryIO, mapped: mmap.mmap) -> TorchFile:
@@ -456,11 +473,11 @@ def _storage(
     named, key, count = identifier[1], identifier[2], identifier[4]
     if not isinstance(named, Named) or named.path not in STORAGES or not isinstance(key, str):
         raise DamagedPickleError("a storage of no known type")
-    record = StorageRecord(key, STORAGES[named.path], *_lengths((count,)))
+    record = StorageRecord(key, STORAGES[named.path], *lengths_of((count,)))
     if seen is not None:
         seen.setdefault(key, record)
     view = identifier[5] if legacy else None
     if isinstance(view, tuple) and len(view) == 3:
-        start, length = _lengths(view[1:])
+        start, length = lengths_of(view[1:])
         return StorageRecord(key, record.dtype, length, start)
     return record

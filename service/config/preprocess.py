@@ -43,15 +43,25 @@ IMAGENET = PreprocessDefaults(
 IMPLIED_MODES: Mapping[str, Mode | None] = {
     "ImgDataPreprocessor": None,
     "ClsDataPreprocessor": None,
+    "ReIDDataPreprocessor": None,
     "SelfSupDataPreprocessor": None,
+    "TwoNormDataPreprocessor": None,
+    "CAEDataPreprocessor": None,
+    "RelativeLocDataPreprocessor": None,
+    "RotationPredDataPreprocessor": None,
     "DetDataPreprocessor": "native",
+    "BoxInstDataPreprocessor": "native",
+    "TrackDataPreprocessor": "native",
+    "PPYOLOEDetDataPreprocessor": "native",
     "YOLOv5DetDataPreprocessor": "native",
 }
-# What it does to labels, masks and training batches says nothing here.
+# What it does to labels, masks, training batches and a training target's images says nothing here.
 IGNORED_KEYS = frozenset(
     (
         *("num_classes", "to_onehot", "batch_augments", "boxtype2tensor", "non_blocking"),
-        *("pad_mask", "mask_pad_value", "pad_seg", "seg_pad_value"),
+        *("pad_mask", "mask_pad_value", "pad_seg", "seg_pad_value", "mask_stride"),
+        *("pairwise_size", "pairwise_dilation", "pairwise_color_thresh", "bottom_pixels_removed"),
+        *("second_mean", "second_std", "use_det_processor"),
     )
 )
 

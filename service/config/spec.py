@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Layout = Literal["NCHW", "NLC", "NC"]
+# NCL are tokens whose channels come first, as MlpMixer gives them.
+Layout = Literal["NCHW", "NLC", "NCL", "NC"]
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,15 @@ class Freeze:
 
     `stages` is None where a config freezes nothing. `to_index` (timm types) freezes everything that the
     feature of this index depends on. `norm_eval` puts every batch norm into eval mode. `all_norms` takes the
-    gradient from the weight and bias of every norm layer.
+    gradient from the weight and bias of every norm layer. `constant` are modules and parameters that the network
+    never trains, frozen or not.
     """
 
     stages: int | None = None
     to_index: int | None = None
     norm_eval: bool = False
     all_norms: bool = False
+    constant: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,13 +82,15 @@ class LoadedKeys:
 
     `loaded` counts the entries of the network that were filled, `missing` are entries that the file has not
     (`num_batches_tracked` is never counted), `unexpected` are keys of the file that the network has no use for.
-    `prefix` is what was stripped.
+    `prefix` is what was stripped. `layout` is the library whose names the file has, empty where they are the
+    network's own.
     """
 
     loaded: int
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     prefix: str = ""
+    layout: str = ""
 
 
 @dataclass(frozen=True)

@@ -127,4 +127,4 @@ def require_maps(levels: Sequence[LevelFacts], type_name: str) -> None:
             raise InvalidConfig(POINTER, detail)
 
 
-KINDS: dict[Layout, str] = {"NCHW": "a map", "NLC": "tokens", "NC": "a vector"}
+KINDS: dict[Layout, str] = {"NCHW": "a map", "NLC": "tokens", "NCL": "tokens", "NC": "a vector"}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from service.backbones.norms import BATCH_NORM, Eps, NormConfig, NormSpec
 from service.backbones.openmmlab import ActivationConfig, ActivationSpec, ConvModule, make_activation
 from service.backbones.resnet import ResidualBlock, conv1x1, conv3x3
+from service.config.spec import Layout
 from service.errors import InvalidConfig
 from service.necks.base import KINDS, POINTER, LevelFacts, Neck, require_maps
 from service.necks.openmmlab import (
@@ -87,7 +88,7 @@ class GeMConfig(OpenMMLabNeckConfig):
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """What decides the numbers and the names of the weights; `pooled` takes maps, else vectors."""
+    """What decides the numbers and the names of the weights; `pooled` takes maps or tokens, else vectors."""
 
     inputs: int
     outputs: int
@@ -103,20 +104,20 @@ class LinearNeck(Neck):
         super().__init__()
         self.pooled = spec.pooled
         self.fc = nn.Linear(spec.inputs, spec.outputs)
-        self.norm = _norm(spec.norm, spec.outputs)
+        self.norm = nn.Identity() if spec.norm is None else vector_norm(spec.norm, spec.outputs)
         self.act = make_activation(spec.activation)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """The last of [n, c, h, w] or [n, c] to [n, outputs]."""
-        vectors = features[-1].mean((2, 3)) if self.pooled else features[-1]
+        """The last of [n, c, h, w], [n, c, l] or [n, c] to [n, outputs]."""
+        vectors = features[-1].flatten(2).mean(2) if self.pooled else features[-1]
         return [self.act(self.norm(self.fc(vectors)))]
 
 
-def _norm(spec: NormSpec | None, width: int) -> nn.Module:
-    if spec is None:
-        return nn.Identity()
-    make = nn.LayerNorm if spec.kind == "ln" else nn.BatchNorm1d
-    return make(width, eps=spec.eps)
+def vector_norm(spec: NormSpec, width: int, *, affine: bool = True) -> nn.Module:
+    """A norm of [n, width]; without a weight and a bias where it is not `affine`."""
+    if spec.kind == "ln":
+        return nn.LayerNorm(width, eps=spec.eps, elementwise_affine=affine)
+    return nn.BatchNorm1d(width, eps=spec.eps, affine=affine)
 
 
 class VectorNormConfig(BaseModel):
@@ -136,6 +137,10 @@ class VectorNormConfig(BaseModel):
         return NormSpec("ln" if self.type == "LN" else "bn", self.eps)
 
 
+# the layout that has so many dimensions to average over
+POOLED: tuple[Layout, ...] = ("NC", "NCL", "NCHW")
+
+
 class LinearConfig(OpenMMLabNeckConfig):
     """`mmpretrain.LinearNeck`, which is also `mmcls.LinearNeck`."""
 
@@ -144,7 +149,9 @@ class LinearConfig(OpenMMLabNeckConfig):
     conv_cfg: None = None
     in_channels: Width = Field(description="Channels of the last level that the backbone gives.")
     out_channels: Width
-    gap_dim: Literal[0, 2] = Field(0, description="2 averages a map over its pixels; 0 takes a vector.")
+    gap_dim: Literal[0, 1, 2] = Field(
+        0, description="2 averages a map over its pixels, 1 NCL tokens; 0 takes a vector."
+    )
     norm_cfg: VectorNormConfig | None = Field(VectorNormConfig(type="BN1d"), description="null is none.")
     act_cfg: ActivationConfig | None = Field(None, description="null is none.")
 
@@ -153,14 +160,14 @@ class LinearConfig(OpenMMLabNeckConfig):
         return LinearSpec(
             self.in_channels,
             self.out_channels,
-            self.gap_dim == 2,
+            self.gap_dim > 0,
             None if self.norm_cfg is None else self.norm_cfg.spec(),
             activation_spec(self.act_cfg),
         )
 
     def require(self, levels: Sequence[LevelFacts]) -> None:
         """Refuse a last level of another layout or width."""
-        last, wanted = levels[-1], "NCHW" if self.gap_dim == 2 else "NC"
+        last, wanted = levels[-1], POOLED[self.gap_dim]
         if last.layout != wanted:
             detail = f"{self.gap_dim} does not fit level {last.name}, which is {KINDS[last.layout]}"
             raise InvalidConfig(f"{POINTER}/gap_dim", detail)

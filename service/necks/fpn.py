@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from service.backbones.norms import NormConfig, NormSpec
 from service.backbones.openmmlab import ActivationConfig, ActivationSpec, ConvModule
+from service.backbones.standardised import standardise_weights
 from service.necks.base import LevelFacts, Neck
 from service.necks.openmmlab import (
     MAX_LEVELS,
     OpenMMLabNeckConfig,
+    PlainConvConfig,
     Width,
     Widths,
     activation_spec,
@@ -25,7 +27,8 @@ from service.necks.openmmlab import (
     numbered,
 )
 
-Mode = Literal["nearest", "nearest-exact", "bilinear", "bicubic"]
+Mode = Literal["nearest", "nearest-exact", "bilinear", "bicubic", "area"]
+ALIGNED = frozenset({"bilinear", "bicubic"})
 Source = Literal["on_input", "on_lateral", "on_output"]
 
 
@@ -50,7 +53,8 @@ class FPNSpec:
     """What decides the numbers and the names of the weights.
 
     Levels `start` to `end` (excluded) of those that go in are used; `extra` come out above them, of convolutions
-    from `source` or, where that is None, of max-pools.
+    from `source` or, where that is None, of max-pools. `standardises_weights` is
+    `conv_cfg=dict(type="ConvWS")`.
     """
 
     in_channels: tuple[int, ...]
@@ -64,6 +68,7 @@ class FPNSpec:
     norm: NormSpec | None
     activation: ActivationSpec
     upsample: UpsampleSpec = UpsampleSpec()
+    standardises_weights: bool = False
 
 
 class FPN(Neck):
@@ -82,6 +87,8 @@ class FPN(Neck):
             first = used[-1] if spec.source == "on_input" else None
             widths = [first if place == 0 else None for place in range(spec.extra)]
             self.fpn_convs.extend(self.conv(width, stride=2) for width in widths)
+        if spec.standardises_weights:
+            standardise_weights(self)
 
     def conv(self, inputs: int | None = None, *, stride: int = 1) -> ConvModule:
         """A 3x3 convolution to the neck's own width, by default from it."""
@@ -132,6 +139,8 @@ class PAFPN(FPN):
         steps = range(spec.end - spec.start - 1)
         self.downsample_convs = nn.ModuleList(self.conv(stride=2) for _ in steps)
         self.pafpn_convs = nn.ModuleList(self.conv() for _ in steps)
+        if spec.standardises_weights:
+            standardise_weights(self)
 
     def smoothed(self, laterals: Sequence[Tensor]) -> list[Tensor]:
         """The outputs of the levels used."""
@@ -156,15 +165,18 @@ class UpsampleConfig(BaseModel):
     )
     align_corners: bool | None = Field(None, description="bilinear and bicubic only.")
 
+    def faults(self) -> Iterator[tuple[str, str]]:
+        """What each key allows alone but torch does not, as (key, detail) of what has this as `upsample_cfg`."""
+        if self.align_corners is not None and self.mode not in ALIGNED:
+            yield "upsample_cfg/align_corners", f"is not for {self.mode}"
+
     def spec(self) -> UpsampleSpec:
         """The neutral spelling."""
         return UpsampleSpec(self.mode, self.scale_factor, self.align_corners)
 
 
-class PAFPNConfig(OpenMMLabNeckConfig):
-    """`mmdet.PAFPN`."""
-
-    NETWORK: ClassVar[str] = "PAFPN"
+class PyramidConfig(OpenMMLabNeckConfig):
+    """The keys of pyramids that choose among the levels of a backbone, and put extra ones above them."""
 
     in_channels: Widths = Field(description="Channels of every level that the backbone gives.")
     out_channels: Width
@@ -177,23 +189,19 @@ class PAFPNConfig(OpenMMLabNeckConfig):
     end_level: Annotated[int, Field(strict=True, ge=-1, lt=MAX_LEVELS)] = Field(
         -1, description="The last level used; -1 is the last there is."
     )
-    add_extra_convs: bool | Source = Field(
-        False, description="What extra levels are made of: false by max-pools, true as on_input."
-    )
-    relu_before_extra_convs: bool = Field(
-        False, description="Before the second and the later extra convolutions."
-    )
-    no_norm_on_lateral: bool = False
     norm_cfg: NormConfig | None = Field(None, description="null is none.")
-    act_cfg: ActivationConfig | None = Field(None, description="null is none.")
 
     def end(self) -> int:
         """The level after the last one used."""
         return len(self.in_channels) if self.end_level == -1 else self.end_level + 1
 
+    def used(self) -> int:
+        """How many levels are used."""
+        return self.end() - self.start_level
+
     def faults(self) -> Iterator[tuple[str, str]]:
         """What each key allows alone but the network does not, as (key, detail)."""
-        levels, used = len(self.in_channels), self.end() - self.start_level
+        levels, used = len(self.in_channels), self.used()
         if self.end() > levels:
             yield "end_level", f"{self.end_level} is not a level of 0 to {levels - 1}"
         elif used < 1:
@@ -204,9 +212,40 @@ class PAFPNConfig(OpenMMLabNeckConfig):
             yield "num_outs", f"{self.num_outs} is not the {used} levels up to end_level"
         yield from self.norm_faults(self.norm_cfg, [self.out_channels])
 
+    def takes(self) -> tuple[int, ...]:
+        """Channels of the levels that go in."""
+        return self.in_channels
+
+    def outputs(self, levels: Sequence[LevelFacts]) -> tuple[LevelFacts, ...]:
+        """The strides of the levels used, and doubled ones for the extra levels."""
+        strides = [level.stride for level in levels[self.start_level : self.end()]]
+        return numbered([self.out_channels] * self.num_outs, doubled(strides, self.num_outs - self.used()))
+
+
+class ConvConfig(PlainConvConfig):
+    """OpenMMLab's `conv_cfg`: the plain convolution, or ConvWS, which standardises its weights."""
+
+    type: Literal["Conv2d", "Conv", "ConvWS"]  # type: ignore[assignment]  # one more than its base has
+
+
+class PAFPNConfig(PyramidConfig):
+    """`mmdet.PAFPN`."""
+
+    NETWORK: ClassVar[str] = "PAFPN"
+
+    conv_cfg: ConvConfig | None = Field(None, description="null is Conv2d; ConvWS standardises its weights.")
+    add_extra_convs: bool | Source = Field(
+        False, description="What extra levels are made of: false by max-pools, true as on_input."
+    )
+    relu_before_extra_convs: bool = Field(
+        False, description="Before the second and the later extra convolutions."
+    )
+    no_norm_on_lateral: bool = False
+    act_cfg: ActivationConfig | None = Field(None, description="null is none.")
+
     def spec(self) -> FPNSpec:
         """The neutral spelling."""
-        extra = self.num_outs - (self.end() - self.start_level)
+        extra = self.num_outs - self.used()
         norm = norm_spec(self.norm_cfg)
         return FPNSpec(
             in_channels=self.in_channels,
@@ -220,6 +259,7 @@ class PAFPNConfig(OpenMMLabNeckConfig):
             norm=norm,
             activation=activation_spec(self.act_cfg),
             upsample=self.upsample(),
+            standardises_weights=self.conv_cfg is not None and self.conv_cfg.type == "ConvWS",
         )
 
     def _source(self) -> Source | None:
@@ -231,16 +271,6 @@ class PAFPNConfig(OpenMMLabNeckConfig):
         """How levels are enlarged."""
         return UpsampleSpec()
 
-    def takes(self) -> tuple[int, ...]:
-        """Channels of the levels that go in."""
-        return self.in_channels
-
-    def outputs(self, levels: Sequence[LevelFacts]) -> tuple[LevelFacts, ...]:
-        """The strides of the levels used, and doubled ones for the extra levels."""
-        spec = self.spec()
-        strides = [level.stride for level in levels[spec.start : spec.end]]
-        return numbered([self.out_channels] * self.num_outs, doubled(strides, spec.extra))
-
 
 class FPNConfig(PAFPNConfig):
     """`mmdet.FPN`."""
@@ -250,9 +280,8 @@ class FPNConfig(PAFPNConfig):
     upsample_cfg: UpsampleConfig = UpsampleConfig()
 
     def faults(self) -> Iterator[tuple[str, str]]:
-        """As all of them, and an alignment of nearest pixels."""
-        if self.upsample_cfg.align_corners is not None and self.upsample_cfg.mode.startswith("nearest"):
-            yield "upsample_cfg/align_corners", f"is not for {self.upsample_cfg.mode}"
+        """As all of them, and an alignment of pixels that are not mixed."""
+        yield from self.upsample_cfg.faults()
         yield from super().faults()
 
     def upsample(self) -> UpsampleSpec:
@@ -260,6 +289,17 @@ class FPNConfig(PAFPNConfig):
         return self.upsample_cfg.spec()
 
 
+class FPNDropBlockConfig(FPNConfig):
+    """`mmdet.FPN_DropBlock`, which is an FPN in all but training."""
+
+    VIEW: ClassVar[frozenset[str]] = FPNConfig.VIEW | {"plugin"}
+
+    plugin: Annotated[dict[str, Any], Field(max_length=16)] | None = Field(
+        None, description="Drops blocks of pixels; matters in training only."
+    )
+
+
 EXAMPLE = {"in_channels": [256, 512, 1024, 2048], "out_channels": 256, "num_outs": 5}
 FPN_FAMILY = make_neck_family(FPNConfig, FPN, example=EXAMPLE)
+FPN_DROP_BLOCK = make_neck_family(FPNDropBlockConfig, FPN, example=EXAMPLE)
 PAFPN_FAMILY = make_neck_family(PAFPNConfig, PAFPN, example=EXAMPLE)

@@ -165,7 +165,7 @@ def make_neck_family(
     ) -> tuple[N, LoadedKeys]:
         given.require(levels)
         made = building.unset(lambda: network(given.spec()))
-        return made, load_strict(made, state, ref)
+        return made, load_strict(made, state, ref, part="neck")
 
     def _on_meta(given: C) -> nn.Module:
         return building.on_meta(lambda: network(given.spec()))

@@ -151,7 +151,9 @@ class PPYOLOEConfig(FactoredConfig):
     num_csplayer: Layers = Field(1, description="Layers a stage.")
     num_blocks_per_layer: Count = 3
     block_cfg: BlockConfig = BlockConfig(type="PPYOLOEBasicBlock", shortcut=False)
-    norm_cfg: NormConfig = NormConfig(type="BN", momentum=0.1, eps=1e-5)
+    norm_cfg: NormConfig | None = Field(
+        NormConfig(type="BN", momentum=0.1, eps=1e-5), description="null is none."
+    )
     drop_block_cfg: Annotated[dict[str, Any], Field(max_length=16)] | None = Field(
         None, description="Matters in training only."
     )
@@ -182,6 +184,8 @@ class PPYOLOEConfig(FactoredConfig):
         """As all of them, and levels that do not pair."""
         if len(self.out_channels) != len(self.in_channels):
             yield "out_channels", f"has {len(self.out_channels)} entries for {len(self.in_channels)} levels"
+        if self.act_cfg is None:
+            yield "act_cfg", "null is not for branched convolutions"
         yield from super().faults()
 
 

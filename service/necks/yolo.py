@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from service.backbones.csp_darknet import SplitLayer
@@ -32,10 +31,12 @@ from service.backbones.yolo import (
     rounded_up,
 )
 from service.necks.base import LevelFacts, Neck, require_maps
+from service.necks.fpn import UpsampleConfig, UpsampleSpec
 from service.necks.openmmlab import (
     OpenMMLabNeckConfig,
     Width,
     make_neck_family,
+    norm_spec,
     numbered,
     require_widths,
 )
@@ -93,12 +94,19 @@ class PathAggregation(Neck):
         for upsample, layer, below in steps:
             pair = (upsample(inner[0]), below)
             inner.insert(0, layer(torch.cat(pair if self.upsampled_first else pair[::-1], 1)))
+        return self.climbed(inner)
+
+    def climbed(self, inner: Sequence[Tensor]) -> list[Tensor]:
+        """What comes out of the levels on the way down, from the shallowest up."""
         levels = [inner[0]]
         for downsample, layer, above in zip(
             self.downsample_layers, self.bottom_up_layers, inner[1:], strict=True
         ):
             levels.append(layer(torch.cat((downsample(levels[-1]), above), 1)))
         return [layer(maps) for layer, maps in zip(self.out_layers, levels, strict=True)]
+
+
+TWICE = UpsampleSpec(factor=2)
 
 
 @dataclass(frozen=True)
@@ -118,6 +126,7 @@ class CSPPyramidSpec:
     separable: tuple[bool, bool] = (False, False)
     out: int | None = None
     out_kernel: int = 1
+    upsample: UpsampleSpec = TWICE
 
     def layer(self, inputs: int, width: int) -> CSPLayer:
         """A cross-stage partial layer without shortcuts."""
@@ -163,8 +172,9 @@ class CSPPyramid(PathAggregation):
         return self.spec.narrow(level) if level == self._levels - 1 else nn.Identity()
 
     def upsample(self, level: int) -> nn.Module:  # noqa: ARG002 - each the same
-        """Nearest pixels."""
-        return nn.Upsample(scale_factor=2)
+        """Pixels alone."""
+        spec = self.spec.upsample
+        return nn.Upsample(scale_factor=spec.factor, mode=spec.mode, align_corners=spec.align_corners)
 
     def top_down(self, level: int) -> nn.Module:
         """A layer, and but for the last step a convolution to the channels of the level below."""
@@ -193,6 +203,7 @@ class DetectionCSPPyramid(Neck):
 
     def __init__(self, spec: CSPPyramidSpec) -> None:
         super().__init__()
+        self.upsample = spec.upsample
         widths, levels = spec.widths, len(spec.widths)
         down = range(levels - 1, 0, -1)
         conv = spec.style.conv
@@ -212,7 +223,7 @@ class DetectionCSPPyramid(Neck):
         steps = zip(self.reduce_layers, self.top_down_blocks, reversed(features[:-1]), strict=True)
         for reduce, block, below in steps:
             inner[0] = reduce(inner[0])
-            enlarged = F.interpolate(inner[0], scale_factor=2)
+            enlarged = self.upsample.apply(inner[0], below)
             inner.insert(0, block(torch.cat((enlarged, below), 1)))
         levels = [inner[0]]
         for down, block, above in zip(self.downsamples, self.bottom_up_blocks, inner[1:], strict=True):
@@ -271,25 +282,22 @@ ThreeLevels = Annotated[tuple[Width, ...], Field(min_length=3, max_length=3)]
 Ratio = Annotated[float, Field(ge=0.05, le=4)]
 
 
-class NearestConfig(BaseModel):
-    """`upsample_cfg`: twice the size, nearest pixels."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class TwiceConfig(UpsampleConfig):
+    """`upsample_cfg`: twice the size."""
 
     scale_factor: Literal[2] = 2
-    mode: Literal["nearest"] = "nearest"
 
 
 class YoloNeckConfig(OpenMMLabNeckConfig):
     """The keys that these necks have in common."""
 
     in_channels: Levels = Field(description="Channels of every level that the backbone gives.")
-    norm_cfg: NormConfig = YOLO_NORM
+    norm_cfg: NormConfig | None = Field(YOLO_NORM, description="null is none.")
     act_cfg: ActivationConfig | None = Field(SILU, description="null is none.")
 
     def style(self) -> ConvStyle:
         """How convolutions are normed and activated."""
-        return ConvStyle(self.norm_cfg.spec(), PLAIN if self.act_cfg is None else self.act_cfg.spec())
+        return ConvStyle(norm_spec(self.norm_cfg), PLAIN if self.act_cfg is None else self.act_cfg.spec())
 
     @abstractmethod
     def network(self) -> Neck:
@@ -307,6 +315,8 @@ class YoloNeckConfig(OpenMMLabNeckConfig):
         """What each key allows alone but the network does not, as (key, detail)."""
         if min(*self.takes(), *self.gives()) < 2:
             yield "in_channels", "leaves a layer without channels"
+        if self.norm_cfg is None:
+            return
         if (fault := self.norm_cfg.fault()) is not None:
             yield "norm_cfg/num_groups", fault
         elif self.norm_cfg.type == "GN" and not groups_divide(self.network):
@@ -431,13 +441,17 @@ class CSPNeXtConfig(FactoredConfig):
 
     NETWORK: ClassVar[str] = "CSPPyramid"
 
-    in_channels: ThreeLevels = Field(description="Channels of the backbone's levels, before widen_factor.")
     out_channels: Width = Field(description="Channels of every level that comes out, before widen_factor.")
     num_csp_blocks: Blocks = 3
     use_depthwise: bool = Field(False, description="Separable convolutions outside of the layers.")
     expand_ratio: Ratio = Field(0.5, description="Channels of a layer's blocks over those of the layer.")
-    upsample_cfg: NearestConfig = NearestConfig()
-    norm_cfg: NormConfig = NormConfig(type="BN")
+    upsample_cfg: TwiceConfig = TwiceConfig()
+    norm_cfg: NormConfig | None = Field(NormConfig(type="BN"), description="null is none.")
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        """As all of them, and an alignment of pixels that are not mixed."""
+        yield from self.upsample_cfg.faults()
+        yield from super().faults()
 
     def network(self) -> CSPPyramid:
         """The network of these keys, without its weights."""
@@ -454,6 +468,7 @@ class CSPNeXtConfig(FactoredConfig):
             separable=(self.use_depthwise, False),
             out=self.widened(self.out_channels),
             out_kernel=3,
+            upsample=self.upsample_cfg.spec(),
         )
 
     def gives(self) -> tuple[int, ...]:
@@ -469,8 +484,13 @@ class DetectionConfig(YoloNeckConfig):
     out_channels: Width = Field(description="Channels of every level that comes out.")
     num_csp_blocks: Blocks = 3
     use_depthwise: bool = Field(False, description="Separable 3x3 convolutions.")
-    upsample_cfg: NearestConfig = NearestConfig()
+    upsample_cfg: TwiceConfig = TwiceConfig()
     act_cfg: ActivationConfig | None = Field(ActivationConfig(type="Swish"), description="null is none.")
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        """As all of them, and an alignment of pixels that are not mixed."""
+        yield from self.upsample_cfg.faults()
+        yield from super().faults()
 
     def network(self) -> DetectionCSPPyramid:
         """The network of these keys, without its weights."""
@@ -500,6 +520,7 @@ class DetectionYOLOXConfig(DetectionConfig):
             self.num_csp_blocks,
             separable=(self.use_depthwise, self.use_depthwise),
             out=self.out_channels,
+            upsample=self.upsample_cfg.spec(),
         )
 
 
@@ -519,6 +540,7 @@ class DetectionCSPNeXtConfig(DetectionConfig):
             separable=(self.use_depthwise, self.use_depthwise),
             out=self.out_channels,
             out_kernel=3,
+            upsample=self.upsample_cfg.spec(),
         )
 
 

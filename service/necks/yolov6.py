@@ -1,13 +1,17 @@
-"""YOLOv6's necks (arXiv:2209.02976) as mmyolo has them, in their training form: RepPAFPN and CSPRepPAFPN."""
+"""YOLOv6's necks (arXiv:2209.02976) as mmyolo has them, in their training form: RepPAFPN and CSPRepPAFPN.
+
+Those of version 3 (arXiv:2301.05586), RepBiPAFPN and CSPRepBiPAFPN, take one level more from below.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar
 
+import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from service.backbones.openmmlab import ActivationConfig
 from service.backbones.yolo import PLAIN, SILU, ConvStyle, deepened
@@ -18,8 +22,10 @@ from service.backbones.yolov6 import (
     BlockStage,
     BranchedBlockConfig,
     PartialStage,
+    unbiased_conv,
 )
-from service.necks.openmmlab import make_neck_family
+from service.necks.base import LevelFacts
+from service.necks.openmmlab import Width, make_neck_family, norm_spec, numbered
 from service.necks.yolo import Blocks, FactoredConfig, PathAggregation, Ratio, ThreeLevels
 
 
@@ -28,7 +34,7 @@ class YOLOv6Spec:
     """What decides the network. `widths` are of what goes in, `outs` of what comes out.
 
     `hidden` are the channels of the blocks of CSPRepPAFPN's layers, empty for RepPAFPN; `layer_style` is that of
-    the convolutions around them.
+    the convolutions around them. `below` is the width of a level below the first one that comes out.
     """
 
     widths: tuple[int, ...]
@@ -38,6 +44,7 @@ class YOLOv6Spec:
     blocks: int
     hidden: tuple[int, ...] = ()
     layer_style: ConvStyle | None = None
+    below: int | None = None
 
     def layer(self, inputs: int, level: int) -> nn.Module:
         """The blocks behind two levels beside each other; `level` says how wide it comes out."""
@@ -71,10 +78,14 @@ class YOLOv6Neck(PathAggregation):
     def top_down(self, level: int) -> nn.Module:
         """Blocks, and but for the last step a convolution to the width of the level below."""
         spec, below = self.spec, level - 1
-        layer = spec.layer(spec.outs[below] + spec.widths[below], below)
+        layer = spec.layer(self.top_down_inputs(below), below)
         if level == 1:
             return layer
         return nn.Sequential(layer, spec.style.conv(spec.outs[below], spec.outs[below - 1]))
+
+    def top_down_inputs(self, level: int) -> int:
+        """Channels of a level and the enlarged one beside each other."""
+        return self.spec.outs[level] + self.spec.widths[level]
 
     def downsample(self, level: int) -> nn.Module:
         """A 3x3 convolution."""
@@ -84,6 +95,54 @@ class YOLOv6Neck(PathAggregation):
     def bottom_up(self, level: int) -> nn.Module:
         """Blocks."""
         return self.spec.layer(2 * self.spec.outs[level], level + 1)
+
+
+class LevelFusion(nn.Module):
+    """mmyolo's `BiFusion`: a level with the one above and the one below.
+
+    Keys `conv1` to `conv3`, `upsample`, `downsample`.
+    """
+
+    def __init__(self, style: ConvStyle, inputs: int, below: int, width: int) -> None:
+        super().__init__()
+        self.conv1 = unbiased_conv(style, inputs, width)
+        self.conv2 = unbiased_conv(style, below, width)
+        self.conv3 = unbiased_conv(style, 3 * width, width)
+        self.upsample = nn.ConvTranspose2d(width, width, 2, stride=2)
+        self.downsample = unbiased_conv(style, width, width, 3, stride=2)
+
+    def forward(self, above: Tensor, level: Tensor, below: Tensor) -> Tensor:
+        """[n, width, h / 2, w / 2], [n, inputs, h, w] and [n, below, 2h, 2w] to [n, width, h, w]."""
+        parts = (self.upsample(above), self.conv1(level), self.downsample(self.conv2(below)))
+        found: Tensor = self.conv3(torch.cat(parts, 1))
+        return found
+
+
+class YOLOv6BiNeck(YOLOv6Neck):
+    """RepBiPAFPN or CSPRepBiPAFPN with mmyolo's keys: `upsample_layers` fuse three levels."""
+
+    def upsample(self, level: int) -> nn.Module:
+        """The level with the one below and the one below that."""
+        spec, below = self.spec, level - 1
+        lowest = spec.widths[below - 1] if below else spec.below
+        if lowest is None:
+            raise ValueError("a fusion of levels needs one below the first")
+        return LevelFusion(spec.style, spec.widths[below], lowest, spec.outs[below])
+
+    def top_down_inputs(self, level: int) -> int:
+        """The fused levels are as wide as what comes out."""
+        return self.spec.outs[level]
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """[n, c_i, h_i, w_i] each, halving, to [n, outputs_i, h_i, w_i] each but the first."""
+        lowest, *levels = features
+        reduced = [layer(maps) for layer, maps in zip(self.reduce_layers, levels, strict=True)]
+        below = [lowest, *reduced[:-2]]
+        inner = [reduced[-1]]
+        fusions = zip(self.upsample_layers, self.top_down_layers, strict=True)
+        for (fuse, layer), level, under in zip(fusions, reduced[-2::-1], below[::-1], strict=True):
+            inner.insert(0, layer(fuse(inner[0], level, under)))
+        return self.climbed(inner)
 
 
 class RepPAFPNConfig(FactoredConfig):
@@ -143,7 +202,7 @@ class CSPRepPAFPNConfig(RepPAFPNConfig):
             self.block_cfg.spec(),
             deepened(self.num_csp_blocks, self.deepen_factor),
             tuple(int(width * self.hidden_ratio) for width in self.gives()),
-            ConvStyle(self.norm_cfg.spec(), activation),
+            ConvStyle(norm_spec(self.norm_cfg), activation),
         )
 
     def faults(self) -> Iterator[tuple[str, str]]:
@@ -153,6 +212,39 @@ class CSPRepPAFPNConfig(RepPAFPNConfig):
         yield from super().faults()
 
 
+FourLevels = Annotated[tuple[Width, ...], Field(min_length=4, max_length=4)]
+
+
+class RepBiPAFPNConfig(RepPAFPNConfig):
+    """`mmyolo.YOLOv6RepBiPAFPN`."""
+
+    NETWORK: ClassVar[str] = "YOLOv6BiNeck"
+
+    in_channels: FourLevels = Field(
+        description="Channels of the backbone's levels, before widen_factor; what comes out is of the last three."
+    )
+
+    def network(self) -> YOLOv6Neck:
+        """The network of these keys, without its weights."""
+        return YOLOv6BiNeck(self.spec())
+
+    def spec(self) -> YOLOv6Spec:
+        """The neutral spelling."""
+        below, *widths = self.takes()
+        return replace(super().spec(), widths=tuple(widths), below=below)
+
+    def outputs(self, levels: Sequence[LevelFacts]) -> tuple[LevelFacts, ...]:
+        """The strides of the levels that go in, but the first."""
+        return numbered(self.gives(), [level.stride for level in levels[1:]])
+
+
+class CSPRepBiPAFPNConfig(RepBiPAFPNConfig, CSPRepPAFPNConfig):
+    """`mmyolo.YOLOv6CSPRepBiPAFPN`."""
+
+
 EXAMPLE = {"in_channels": [512, 1024, 2048], "out_channels": [128, 256, 512], "deepen_factor": 0.33}
+BI_EXAMPLE = {**EXAMPLE, "in_channels": [256, 512, 1024, 2048]}
 REP_PAFPN = make_neck_family(RepPAFPNConfig, YOLOv6Neck, example=EXAMPLE)
 CSP_REP_PAFPN = make_neck_family(CSPRepPAFPNConfig, YOLOv6Neck, example=EXAMPLE)
+REP_BI_PAFPN = make_neck_family(RepBiPAFPNConfig, YOLOv6BiNeck, example=BI_EXAMPLE)
+CSP_REP_BI_PAFPN = make_neck_family(CSPRepBiPAFPNConfig, YOLOv6BiNeck, example=BI_EXAMPLE)

@@ -10,10 +10,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from service.backbones.yolo import ConvStyle, max_pool
+from service.backbones.norms import NormConfig
+from service.backbones.openmmlab import ActivationConfig
+from service.backbones.yolo import ConvStyle, groups_divide, max_pool
 from service.backbones.yolov6 import BlockSpec
 from service.backbones.yolov7 import ELANLayer, PoolAndConv, SummedLayers, TinyLayer
-from service.necks.openmmlab import make_neck_family
+from service.necks.openmmlab import PlainConvConfig, activation_spec, make_neck_family, norm_spec
 from service.necks.yolo import FactoredConfig, Levels, PathAggregation, Ratio
 
 
@@ -57,11 +59,13 @@ class YOLOv7Spec:
 
     `down` is how levels go up: by a convolution, or by a pool and a convolution whose middle is as wide as what
     goes in (`both_wide`) or as half of what comes out (`both`). `out` is what levels come out of.
+    `layer_style` is that of the layers.
     """
 
     widths: tuple[int, ...]
     outs: tuple[int, ...]
     style: ConvStyle
+    layer_style: ConvStyle
     layer: LayerSpec
     pyramid_ratio: float
     tiny: bool
@@ -125,7 +129,7 @@ class YOLOv7Neck(PathAggregation):
     def top_down(self, level: int) -> nn.Module:
         """A layer."""
         spec, width = self.spec, self.spec.outs[level - 1]
-        return spec.layer.make(spec.style, 2 * width, width)
+        return spec.layer.make(spec.layer_style, 2 * width, width)
 
     def downsample(self, level: int) -> nn.Module:
         """To the width of the level above."""
@@ -138,7 +142,7 @@ class YOLOv7Neck(PathAggregation):
     def bottom_up(self, level: int) -> nn.Module:
         """A layer."""
         spec, width = self.spec, self.spec.outs[level + 1]
-        return spec.layer.make(spec.style, 2 * width, width)
+        return spec.layer.make(spec.layer_style, 2 * width, width)
 
     def out(self, level: int) -> nn.Module:
         """A convolution to twice the width, or nothing."""
@@ -155,10 +159,24 @@ class YOLOv7Neck(PathAggregation):
 Count = Annotated[int, Field(strict=True, ge=1, le=8)]
 
 
-class TinyLayerConfig(BaseModel):
-    """`block_cfg=dict(type='TinyDownSampleBlock')`."""
+class _LayerConfig(BaseModel):
+    """What all layers take; without these keys they are normed and activated as the neck is."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    conv_cfg: PlainConvConfig | None = None
+    norm_cfg: NormConfig | None = Field(None, description="The neck's where not given; null is none.")
+    act_cfg: ActivationConfig | None = Field(None, description="The neck's where not given; null is none.")
+
+    def style(self, neck: ConvStyle) -> ConvStyle:
+        """How the layer's convolutions are normed and activated."""
+        norm = norm_spec(self.norm_cfg) if "norm_cfg" in self.model_fields_set else neck.norm
+        given = activation_spec(self.act_cfg) if "act_cfg" in self.model_fields_set else neck.activation
+        return ConvStyle(norm, given)
+
+
+class TinyLayerConfig(_LayerConfig):
+    """`block_cfg=dict(type='TinyDownSampleBlock')`."""
 
     type: Literal["TinyDownSampleBlock"]
     middle_ratio: Ratio = 1.0
@@ -169,10 +187,8 @@ class TinyLayerConfig(BaseModel):
         return LayerSpec(self.middle_ratio)
 
 
-class ELANConfig(BaseModel):
+class ELANConfig(_LayerConfig):
     """`block_cfg=dict(type='ELANBlock')`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     type: Literal["ELANBlock"]
     middle_ratio: Ratio
@@ -185,10 +201,8 @@ class ELANConfig(BaseModel):
         return LayerSpec(self.middle_ratio, self.block_ratio, self.num_blocks, self.num_convs_in_block)
 
 
-class SummedELANConfig(BaseModel):
+class SummedELANConfig(_LayerConfig):
     """`block_cfg=dict(type='EELANBlock')`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     type: Literal["EELANBlock"]
     num_elan_block: Count
@@ -252,6 +266,7 @@ class YOLOv7Config(FactoredConfig):
             self.takes(),
             self.outs(),
             self.style(),
+            self.block_cfg.style(self.style()),
             self.block_cfg.spec(),
             self.spp_expand_ratio,
             self.is_tiny_version,
@@ -271,6 +286,13 @@ class YOLOv7Config(FactoredConfig):
             yield "block_cfg/block_ratio", "leaves a layer's blocks without channels"
         if int(2 * self.outs()[-1] * self.spp_expand_ratio) < 1:
             yield "spp_expand_ratio", "leaves the pooling without channels"
+        if self.act_cfg is None and self.spec().out == "branched":
+            yield "act_cfg", "null is not for branched convolutions; set use_repconv_outs to false"
+        norm = self.block_cfg.norm_cfg
+        if norm is not None and (fault := norm.fault()) is not None:
+            yield "block_cfg/norm_cfg/num_groups", fault
+        elif norm is not None and norm.type == "GN" and not groups_divide(self.network):
+            yield "block_cfg/norm_cfg/num_groups", f"{norm.num_groups} groups do not divide every width"
         yield from super().faults()
 
 

@@ -26,7 +26,12 @@ Chunk = bytes | memoryview
 META_MEMBER = "meta.json"
 META_KEY = "reply"
 ARROW_META_KEY = b"backbone_service"
-DIM_NAMES = {"NCHW": ("channel", "height", "width"), "NLC": ("token", "channel"), "NC": ("channel",)}
+DIM_NAMES = {
+    "NCHW": ("channel", "height", "width"),
+    "NLC": ("token", "channel"),
+    "NCL": ("channel", "token"),
+    "NC": ("channel",),
+}
 
 # Shortest round-trip text with its comma, measured: activations near 1 take 10.5, near 1e-3 14.
 JSON_BYTES_PER_NUMBER = 14

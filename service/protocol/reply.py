@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-Layout = Literal["NCHW", "NLC", "NC"]
+Layout = Literal["NCHW", "NLC", "NCL", "NC"]
 FloatArray = npt.NDArray[np.floating[Any]]
 
 # Elements that are looked at together: 2 MiB as float64, which stays in a core's cache.
@@ -20,7 +20,8 @@ STATS_BLOCK_ELEMENTS = 1 << 18
 class WeightsInfo:
     """Where the weights come from and how the checkpoint's keys went into the network.
 
-    `loaded` counts filled entries, `missing` and `unexpected` are keys, `prefix` is what they were rid of.
+    `loaded` counts filled entries, `missing` and `unexpected` are keys, `prefix` is what they were rid of. `layout` is
+    the library by whose names the file was read, where those are not the network's own.
     """
 
     source: str
@@ -30,12 +31,14 @@ class WeightsInfo:
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     prefix: str = ""
+    layout: str = ""
 
     def describe(self) -> dict[str, Any]:
-        """Plain JSON; `prefix` only where one was stripped."""
+        """Plain JSON; `prefix` only where one was stripped, `layout` only where names were translated."""
         described = asdict(self)
-        if not self.prefix:
-            del described["prefix"]
+        for name in ("prefix", "layout"):
+            if not described[name]:
+                del described[name]
         return described
 
 
@@ -95,7 +98,8 @@ class ImageInfo:
 
 @dataclass(frozen=True)
 class LevelArray:
-    """One level: a float32 or float16 array, [n, c, h, w] (`NCHW`), [n, l, c] (`NLC`) or [n, c] (`NC`).
+    """One level: a float32 or float16 array, [n, c, h, w] (`NCHW`), [n, l, c] (`NLC`), [n, c, l] (`NCL`) or
+    [n, c] (`NC`).
 
     `stride` is None where the layout is not `NCHW`.
     """

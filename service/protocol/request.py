@@ -116,6 +116,14 @@ def _object_or_name(value: object) -> object:
 ConfigOrName = Annotated[dict[str, Any] | str, BeforeValidator(_object_or_name)]
 
 
+def _object_list_or_name(value: object) -> object:
+    """A list is looked at by its own room; the rest is as for `_object_or_name`."""
+    return value if isinstance(value, list) else _object_or_name(value)
+
+
+NeckOrChain = Annotated[dict[str, Any] | list[Any] | str, BeforeValidator(_object_list_or_name)]
+
+
 class FeatureRequest(BaseModel):
     """The keys that every way in shares. Configs are left as they came; their own rooms read them."""
 
@@ -124,7 +132,9 @@ class FeatureRequest(BaseModel):
     backbone: ConfigOrName = Field(
         description="A backbone config, or the name of a file of `model_configs/`."
     )
-    neck: ConfigOrName | None = Field(None, description="A neck config.")
+    neck: NeckOrChain | None = Field(
+        None, description="A neck config, or a list of them, one behind the other."
+    )
     preprocess: ConfigOrName | None = Field(
         None, description="How images become the network's input; the checkpoint's own way without it."
     )

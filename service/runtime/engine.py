@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from service.backbones.catalogue import backbone_registry
 from service.checkpoints.resolve import CheckpointStore
-from service.config.files import ConfigCatalogue
+from service.config.files import ConfigCatalogue, named_in_errors
 from service.config.preprocess import parse_preprocess, resolve_preprocess
 from service.config.spec import WeightsRef
 from service.errors import DeadlineExceeded, ModelLoading, ServiceError
@@ -28,6 +28,7 @@ from service.runtime.device import (
     pick_device,
     return_freed_memory,
 )
+from service.runtime.fetches import Fetches
 from service.runtime.hub_models import is_hub_model, with_architecture
 from service.runtime.intake import Batch, Intake, Limits
 from service.runtime.model import (
@@ -51,7 +52,7 @@ from service.runtime.plan import (
 )
 from service.runtime.postprocess import refuse_pool
 from service.runtime.query import FeatureQuery, Prepared, fingerprint
-from service.runtime.report import model_entry, model_info, reply_levels
+from service.runtime.report import loading_entry, model_entry, model_info, reply_levels
 from service.runtime.threads import on_thread, until
 from service.runtime.work import DeviceRunner, Done, Work, WorkJob
 from service.settings import Settings
@@ -78,6 +79,7 @@ class Engine:
         self._plans = ThreadPoolExecutor(2, "planner")
         self._fetches = ThreadPoolExecutor(4, "fetch")
         self._loader = ThreadPoolExecutor(1, "loader")
+        self.checkpoints = Fetches(self.store, self._fetches)
         limits = Limits(settings.max_pixels, settings.max_images, settings.max_body_bytes // 4)
         self._intake = Intake(self._codecs, limits)
         self.cache: ModelCache[LoadedNetwork] = ModelCache(
@@ -93,6 +95,7 @@ class Engine:
             queue_size=settings.queue_size,
             observe=self._observe_batch,
         )
+        self._loads: dict[str, dict[str, Any]] = {}
         self._warming: asyncio.Task[None] | None = None
         self._not_warm: str | None = "models are being loaded" if settings.warm else None
 
@@ -110,9 +113,11 @@ class Engine:
         ):
             plan = await self.plan(query.backbone, query.neck, query.preprocess)
             defaults = [plan.config.input_defaults(), plan.description.input]
-            spec = resolve_preprocess(parse_preprocess(plan.preprocess), defaults)
-            weights = await self._found(plan.weights)
-            neck_weights = await self._found(_neck_ref(plan))
+            with named_in_errors(_name(query.backbone)):
+                spec = resolve_preprocess(parse_preprocess(plan.preprocess), defaults)
+        weights = await self._found(plan.weights, plan.type, deadline)
+        neck_type = plan.type if plan.neck is None else plan.neck.type
+        neck_weights = await self._found(_neck_ref(plan), neck_type, deadline)
         identity = network_id(plan.config.key(), weights)
         parts = (query, plan, spec, identity, neck_weights, extra)
         digest = await on_thread(self._codecs, fingerprint, *parts)
@@ -124,29 +129,31 @@ class Engine:
         Raises:
             UnknownBackbone, UnknownConfig, InvalidConfig: what is wrong and where.
         """
-        if isinstance(backbone, str):
-            named = on_thread(self._codecs, self.planner.named, backbone, neck, preprocess)
-            backbone, neck, preprocess = await named
-        if is_hub_model(backbone):
-            backbone = await on_thread(self._fetches, with_architecture, backbone, self.store)
-        # A config that is known does not wait behind one that must be built on the meta device.
-        known = self.planner.known(backbone, neck, preprocess)
-        if known is not None:
-            return known
-        return await self.planning(self.planner.plan, backbone, neck, preprocess)
+        with named_in_errors(_name(backbone)):
+            if isinstance(backbone, str):
+                named = on_thread(self._codecs, self.planner.named, backbone, neck, preprocess)
+                backbone, neck, preprocess = await named
+            if is_hub_model(backbone):
+                backbone = await on_thread(self._fetches, with_architecture, backbone, self.store)
+            # A config that is known does not wait behind one that must be built on the meta device.
+            known = self.planner.known(backbone, neck, preprocess)
+            if known is not None:
+                return known
+            return await self.planning(self.planner.plan, backbone, neck, preprocess)
 
     async def planning(self, function: Callable[P, T], *arguments: P.args, **keywords: P.kwargs) -> T:
         """Run something that may build an architecture on the meta device."""
         return await on_thread(self._plans, function, *arguments, **keywords)
 
-    async def _found(self, ref: WeightsRef | None) -> Weights | None:
-        """The checkpoint that was asked for. One that is at hand does not wait behind somebody's download."""
+    async def _found(self, ref: WeightsRef | None, type_name: str, deadline: float) -> Weights | None:
+        """The checkpoint that was asked for. The deadline ends the wait, not a download that goes on."""
         if ref is None:
             return None
-        file = self.store.peek(ref)
-        if file is None:
-            file = await on_thread(self._fetches, self.store.resolve, ref)
-        return Weights(ref, file)
+        try:
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                return Weights(ref, await self.checkpoints.find(ref, type_name))
+        except TimeoutError as error:
+            raise self.checkpoints.too_late(ref) from error
 
     async def extract(
         self, prepared: Prepared, refuse_reply: Callable[[Shapes, Sequence[str]], None]
@@ -221,6 +228,7 @@ class Engine:
             model=model,
             neck=None if neck is None else neck.neck,
             names=tuple(level.fact.name for level in levels),
+            layouts=tuple(level.fact.layout for level in levels),
             levels=plan.levels,
             prefix_tokens=plan.description.prefix_tokens,
             images=batch.images,
@@ -250,6 +258,7 @@ class Engine:
         """The networks of a query, loaded if need be; the deadline ends the wait, not the load."""
         plan, weights = prepared.plan, prepared.weights
         build = partial(build_model, plan, weights, self.device)
+        self._note_load(prepared.model_id, plan.type, weights)
         async with self._lease(prepared.model_id, plan.description.bytes, build, prepared.deadline) as entry:
             model = entry.model
             assert isinstance(model, LoadedModel)
@@ -268,6 +277,7 @@ class Engine:
         else:
             build = partial(build_neck, plan, weights, self.device)
             key = network_id(plan.key, weights)
+            self._note_load(key, plan.type, weights)
             async with self._lease(key, plan.description.bytes, build, prepared.deadline) as entry:
                 assert isinstance(entry.model, LoadedNeck)
                 yield entry.model
@@ -284,6 +294,12 @@ class Engine:
             yield entry
         finally:
             await lease.__aexit__(None, None, None)
+
+    def _note_load(self, key: str, type_name: str, weights: Weights | None) -> None:
+        """Remember what a load is of, for as long as it is under way."""
+        under_way = set(self.cache.loading)
+        self._loads = {known: fact for known, fact in self._loads.items() if known in under_way}
+        self._loads.setdefault(key, loading_entry(key, type_name, weights))
 
     def _counted(self, build: Callable[[], LoadedNetwork]) -> tuple[LoadedNetwork, int]:
         """A load, counted by how it went."""
@@ -314,11 +330,14 @@ class Engine:
         await self._compute(prepared, batch, levels, model, neck)
 
     def model_list(self) -> dict[str, Any]:
-        """What is in memory, and the budget."""
+        """What is in memory and what is on its way there, and the budget."""
         entries = sorted(self.cache, key=lambda entry: entry.last_used, reverse=True)
         return {
             "models": [model_entry(entry) for entry in entries],
-            "loading": list(self.cache.loading),
+            "loading": [
+                *self.checkpoints.describe(),
+                *(self._loads[key] for key in self.cache.loading if key in self._loads),
+            ],
             "budget": {
                 "bytes": self.cache.budget_bytes,
                 "used": self.cache.used_bytes,
@@ -361,6 +380,7 @@ class Engine:
         self.draining = True
         if self._warming is not None:
             self._warming.cancel()
+        self.checkpoints.stop()
         await asyncio.to_thread(self.batcher.stop)
         for executor in (self._codecs, self._plans, self._fetches, self._loader):
             executor.shutdown(wait=False, cancel_futures=True)
@@ -382,6 +402,8 @@ class Engine:
         self.metrics.budget_bytes.set(self.cache.budget_bytes)
         self.metrics.evictions.set(self.cache.evictions)
         self.metrics.queue_images.set(self.batcher.waiting_images)
+        self.metrics.downloads.set(len(self.store.transfers))
+        self.metrics.fetched_bytes.set(self.store.fetched_bytes)
         return self.metrics.text()
 
 
@@ -417,6 +439,11 @@ def _checkpoint_store(settings: Settings) -> CheckpointStore:
         connect_timeout_s=CONNECT_TIMEOUT_S,
         download_timeout_s=settings.download_timeout,
     )
+
+
+def _name(backbone: Any) -> str | None:
+    """The name of a named config; None for one of the request's own."""
+    return backbone if isinstance(backbone, str) else None
 
 
 def _neck_ref(plan: Plan) -> WeightsRef | None:

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from service.backbones.base import Family
 from service.backbones.catalogue import backbone_registry
 from service.backbones.registry import TypeEntry
-from service.config.files import ConfigCatalogue
+from service.config.files import ConfigCatalogue, named_in_errors
 from service.config.spec import FreezeReport
+from service.errors import InvalidConfig
 from service.necks.catalogue import neck_registry
 from service.runtime.plan import LevelShape, NeckPlan, Plan, Planner
 
@@ -48,11 +50,13 @@ def type_page(planner: Planner, name: str) -> dict[str, Any]:
     """
     resolved = planner.backbones.resolve(name, pointer="#/path/type")
     example = {**resolved.family.example(resolved.type), "type": resolved.type}
-    plan, by_default = planner.plan(example), planner.plan(_required(example))
+    plan = planner.plan(example)
+    by_default = _by_default(planner, example, plan)
     return {
         **_row(resolved.entry),
         "schema": resolved.family.config.model_json_schema(),
         "architectures": list(resolved.family.architectures(resolved.type)),
+        "checkpoint_layouts": list(checkpoint_layouts(resolved.entry, resolved.family)),
         "indices": {
             # Some families have only the features that are asked for.
             "permitted": sorted(
@@ -62,6 +66,23 @@ def type_page(planner: Planner, name: str) -> dict[str, Any]:
         },
         "example": example,
     }
+
+
+def _by_default(planner: Planner, example: Mapping[str, Any], plan: Plan) -> Plan:
+    """The plan of an example without what chooses levels; its own where a type cannot do without."""
+    try:
+        return planner.plan(_required(example))
+    except InvalidConfig:
+        return plan
+
+
+def checkpoint_layouts(entry: TypeEntry, family: Family[Any]) -> tuple[str, ...]:
+    """The libraries by whose names a type's checkpoints are read, its own first; the layouts that all types share
+    (prefixes, wrappers) are not among them.
+    """
+    own = family.library or entry.scope
+    others = family.naming.libraries() if family.naming is not None else ()
+    return tuple(dict.fromkeys((own, *others)))
 
 
 def _required(example: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,6 +151,7 @@ def inspect_offline(
     """
     planner = Planner(backbone_registry(), neck_registry(), ConfigCatalogue(Path(config_dir)))
     preprocess = None
-    if isinstance(backbone, str):
-        backbone, neck, preprocess = planner.named(backbone, neck, preprocess)
-    return inspection(planner, planner.plan(backbone, neck, preprocess), size)
+    with named_in_errors(backbone if isinstance(backbone, str) else None):
+        if isinstance(backbone, str):
+            backbone, neck, preprocess = planner.named(backbone, neck, preprocess)
+        return inspection(planner, planner.plan(backbone, neck, preprocess), size)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from service.backbones.base import Backbone
+from service.backbones.translation import load_any
 from service.checkpoints.read import StateDict, read_checkpoint
 from service.checkpoints.resolve import CheckpointFile
 from service.config.spec import Level, LoadedKeys, WeightsRef
@@ -110,7 +111,7 @@ def build_model(plan: Plan, weights: Weights | None, device: torch.device) -> Lo
             backbone, keys = plan.family.build(plan.config), LoadedKeys(0)
         else:
             state = read_checkpoint(weights.file.path, pointer=weights.ref.pointer)
-            backbone, keys = plan.family.load(plan.config, state, weights.ref)
+            backbone, keys = load_any(plan.family, plan.config, state, weights.ref)
     placed = _placed(backbone, device)
     size = module_bytes(placed)
     file = weights.file if weights is not None else None

@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 
 from service.backbones.base import Backbone, BackboneConfig, Family
-from service.backbones.building import shapes_only
+from service.backbones.building import initialised, shapes_only
 from service.backbones.lazyconfig import from_lazyconfig
 from service.backbones.registry import Registry, Resolved, json_type
 from service.checkpoints.published import own_prefix
@@ -23,6 +23,7 @@ from service.config.files import ConfigCatalogue, NamedConfig
 from service.config.spec import Description, FeatureInfo, Freeze, FreezeReport, Layout, Level, WeightsRef
 from service.errors import CheckpointMismatch, InvalidConfig
 from service.necks.base import LevelFacts, NeckConfig, NeckDescription, NeckFamily, WeightedNeckConfig
+from service.necks.chain import CHAIN, read_chain
 from service.validation import invalid
 
 T = TypeVar("T")
@@ -164,13 +165,20 @@ class Planner:
         """
         if isinstance(raw, str):
             raw = {"type": raw}
-        resolved = self.necks.resolve(json_type(raw, pointer="#/neck"), pointer="#/neck/type")
-        config: NeckConfig = _validated(resolved, raw, "#/neck")
+        type_name, family, config = self._neck(raw)
         if isinstance(config, WeightedNeckConfig):
             bare = replace(bare, levels=tuple(sorted(bare.levels, key=lambda level: level.index)))
         inputs = tuple(level.fact for level in self.levels_at(bare, bare.input_size))
-        described = resolved.family.describe(config, inputs)
-        return replace(bare, neck=NeckPlan(resolved.type, resolved.family, config, inputs, described))
+        described = family.describe(config, inputs)
+        return replace(bare, neck=NeckPlan(type_name, family, config, inputs, described))
+
+    def _neck(self, raw: Any) -> tuple[str, NeckFamily[Any], NeckConfig]:
+        """The type, family and config of a neck, or of a chain of them."""
+        if isinstance(raw, (list, tuple)):
+            chain = read_chain(raw, self.necks, _configured_neck)
+            return chain.type, CHAIN, chain
+        resolved = self.necks.resolve(json_type(raw, pointer="#/neck"), pointer="#/neck/type")
+        return resolved.type, resolved.family, _configured_neck(resolved, raw)
 
     def describe(self, family: Family[Any], config: BackboneConfig) -> Description:
         """Features and size of an architecture."""
@@ -181,7 +189,7 @@ class Planner:
 
         def build() -> Backbone:
             with torch.device("meta"):
-                backbone: Backbone = family.build(config)
+                backbone: Backbone = initialised(lambda: family.build(config))
             return backbone.eval()
 
         return self._meta.get(config.key(), build)
@@ -245,12 +253,15 @@ class LevelShape:
 
     def scaled(self, made_for: tuple[int, int], size: tuple[int, int]) -> LevelShape:
         """The same level of an input of another [height, width], about."""
-        if self.fact.layout == "NC":
-            return self
+        if self.fact.layout == "NC" or (self.fact.layout == "NCHW" and self.fact.stride is None):
+            return self  # its size is not that of the image
         ratios = (size[0] / made_for[0], size[1] / made_for[1])
         if self.fact.layout == "NLC":
             tokens = math.ceil(self.shape[1] * ratios[0] * ratios[1])
             return LevelShape(self.fact, (1, tokens, self.shape[2]))
+        if self.fact.layout == "NCL":
+            tokens = math.ceil(self.shape[2] * ratios[0] * ratios[1])
+            return LevelShape(self.fact, (1, self.shape[1], tokens))
         height, width = (math.ceil(side * ratio) for side, ratio in zip(self.shape[2:], ratios, strict=True))
         return LevelShape(self.fact, (1, self.shape[1], height, width))
 
@@ -261,8 +272,13 @@ LAYOUT_BY_RANK: Mapping[int, Layout] = {4: "NCHW", 3: "NLC", 2: "NC"}
 def level_shape(
     level: Level, shape: tuple[int, ...], size: tuple[int, int], feature: FeatureInfo | None
 ) -> LevelShape:
-    """What a tensor of this shape is: layout by its rank, stride as the feature says or else by size."""
+    """What a tensor of this shape is: layout by its rank, stride as the feature says or else by size.
+
+    Only the feature can say that tokens have their channels first.
+    """
     layout = LAYOUT_BY_RANK[len(shape)]
+    if layout == "NLC" and feature is not None and feature.layout == "NCL":
+        return LevelShape(LevelFacts(level.index, level.name, "NCL", shape[1], None), shape)
     if layout != "NCHW":
         return LevelShape(LevelFacts(level.index, level.name, layout, shape[-1], None), shape)
     nominal = feature.stride if feature is not None else None
@@ -289,14 +305,20 @@ def _behind(neck: NeckPlan, levels: Sequence[LevelShape]) -> tuple[LevelShape, .
         InvalidConfig: it cannot take them at this size.
     """
     try:
-        with torch.device("meta"), torch.inference_mode():
+        with torch.device("meta"):
             network = neck.family.build(neck.config, neck.inputs).eval()
+        with shapes_only():
             found = network([torch.empty(level.shape) for level in levels])
     except SIZE_ERRORS as error:
         sizes = ", ".join("x".join(map(str, level.shape[2:])) for level in levels)
         raise InvalidConfig("#/neck", f"{neck.type} does not take levels of {sizes}") from error
     facts = neck.description.levels
-    return tuple(LevelShape(fact, tuple(tensor.shape)) for fact, tensor in zip(facts, found, strict=True))
+    return tuple(_as_given(fact, tuple(tensor.shape)) for fact, tensor in zip(facts, found, strict=True))
+
+
+def _as_given(fact: LevelFacts, shape: tuple[int, ...]) -> LevelShape:
+    """A level of a neck; how long a vector of windows is depends on the image."""
+    return LevelShape(replace(fact, channels=shape[1]) if fact.layout == "NC" else fact, shape)
 
 
 def size_refused(plan: Plan, size: tuple[int, int], pointer: str) -> InvalidConfig:
@@ -337,6 +359,11 @@ def _completed(named: NamedConfig, neck: Any, preprocess: Any) -> tuple[Mapping[
 
 def _configure(resolved: Resolved[Family[Any]], raw: Mapping[str, Any]) -> BackboneConfig:
     config: BackboneConfig = _validated(resolved, raw, "#/backbone")
+    return config
+
+
+def _configured_neck(resolved: Resolved[NeckFamily[Any]], raw: Mapping[str, Any]) -> NeckConfig:
+    config: NeckConfig = _validated(resolved, raw, "#/neck")
     return config
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from service.config.spec import Layout
 from service.errors import InvalidConfig, NonFiniteLevel
 from service.necks.base import LevelFacts
 from service.protocol.reply import FloatArray
@@ -41,22 +42,28 @@ def refuse_pool(pool: Pool, facts: Sequence[LevelFacts], prefix_tokens: int) -> 
     if pool != "cls":
         return
     for level in facts:
-        if level.layout == "NCHW" or (level.layout == "NLC" and not prefix_tokens):
+        if level.layout in ("NCHW", "NCL") or (level.layout == "NLC" and not prefix_tokens):
             raise InvalidConfig("#/pool", f"level {level.name} has no class token")
 
 
 def pool_level(
-    feature: Tensor, pool: Pool, prefix_tokens: int, valid: Sequence[tuple[float, float]] | None
+    feature: Tensor,
+    layout: Layout,
+    pool: Pool,
+    prefix_tokens: int,
+    valid: Sequence[tuple[float, float]] | None,
 ) -> Tensor:
     """One level pooled to [n, c]; vectors stay as they are.
 
     Args:
-        feature: [n, c, h, w], [n, l, c] (its first `prefix_tokens` tokens are not patches) or [n, c].
+        feature: [n, c, h, w], [n, l, c] (its first `prefix_tokens` tokens are not patches), [n, c, l] or [n, c].
         valid: for each image the fraction of height and of width that is not padding; None if nothing is.
     """
-    if pool == "none" or feature.ndim == 2:
+    if pool == "none" or layout == "NC":
         return feature
-    if feature.ndim == 3:
+    if layout == "NCL":
+        return POOLS[pool](feature)
+    if layout == "NLC":
         return feature[:, 0] if pool == "cls" else POOLS[pool](feature[:, prefix_tokens:].transpose(1, 2))
     if valid is None:
         return POOLS[pool](feature.flatten(2))
@@ -68,9 +75,9 @@ def pool_level(
     return torch.stack(images)
 
 
-def normalize_level(feature: Tensor) -> Tensor:
-    """L2 over channels."""
-    return F.normalize(feature, dim=-1 if feature.ndim == 3 else 1)
+def normalize_level(feature: Tensor, layout: Layout) -> Tensor:
+    """L2 over channels; pooled features are [n, c], whatever their layout was."""
+    return F.normalize(feature, dim=-1 if layout == "NLC" else 1)
 
 
 def to_array(feature: Tensor, dtype: Literal["float32", "float16"], name: str) -> FloatArray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,6 +49,19 @@ def model_entry(entry: Entry[LoadedNetwork]) -> dict[str, Any]:
     }
 
 
+def loading_entry(key: str, type_name: str, weights: Weights | None) -> dict[str, Any]:
+    """A network whose file is here and that is being built, or waits for its turn; from now on."""
+    return {
+        "id": key,
+        "type": type_name,
+        "state": "loading",
+        "checkpoint": None if weights is None else weights.file.name,
+        "received": None if weights is None else weights.file.size,
+        "total": None if weights is None else weights.file.size,
+        "started": time.time(),
+    }
+
+
 def model_info(prepared: Prepared, model: LoadedModel, neck: LoadedNeck | None) -> ModelInfo:
     report = prepared.plan.frozen
     frozen = FrozenInfo(report.stages, len(report.parameters), report.of)
@@ -85,4 +99,5 @@ def _weights_info(network: LoadedNetwork, file: CheckpointFile | None) -> Weight
         tuple(keys.missing),
         tuple(keys.unexpected),
         keys.prefix,
+        keys.layout,
     )

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from service.config.spec import Level
+from service.config.spec import Layout, Level
 from service.errors import ServiceError
 from service.necks.base import Neck
 from service.protocol.reply import FloatArray
@@ -25,12 +25,14 @@ from service.runtime.postprocess import Pool, normalize_level, pool_level, to_ar
 class Work:
     """One request for the device: images [n, c, h, w] float32, and what to make of the levels.
 
-    `valid` is each image's fraction of height and width that is not padding, None if nothing is padding.
+    `names` and `layouts` are those of the levels before pooling. `valid` is each image's
+    fraction of height and width that is not padding, None if nothing is padding.
     """
 
     model: LoadedModel
     neck: Neck | None
     names: tuple[str, ...]
+    layouts: tuple[Layout, ...]
     levels: tuple[Level, ...]
     prefix_tokens: int
     images: FloatArray
@@ -103,7 +105,9 @@ def _levels(work: Work, features: dict[str, Tensor]) -> tuple[FloatArray, ...]:
     if work.neck is not None:
         tensors = work.neck(tensors)
     arrays = []
-    for name, tensor in zip(work.names, tensors, strict=True):
-        pooled = pool_level(tensor, work.pool, work.prefix_tokens, work.valid)
-        arrays.append(to_array(normalize_level(pooled) if work.normalize else pooled, work.dtype, name))
+    for name, layout, tensor in zip(work.names, work.layouts, tensors, strict=True):
+        pooled = pool_level(tensor, layout, work.pool, work.prefix_tokens, work.valid)
+        arrays.append(
+            to_array(normalize_level(pooled, layout) if work.normalize else pooled, work.dtype, name)
+        )
     return tuple(arrays)

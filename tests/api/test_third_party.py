@@ -99,10 +99,10 @@ def test_it_is_inspected_as_it_is_served(tiny: RunningService) -> None:
     with BackboneClient(tiny.url) as client:
         inspected = client.inspect(config, input_size=(32, 48))
         features = client.features(backbone=config, tensor=images())
-    assert [level["shape"] for level in inspected["levels"]] == SHAPES[::-1]
+    assert [level["shape"] for level in inspected["levels"]] == SHAPES
     assert inspected["frozen"]["parameters"] == ["stage1.weight", "stage1.bias"]
-    assert [list(level.shape) for level in features.levels.values()] == SHAPES[::-1]
-    assert [level.stride for level in features.levels.values()] == [4, 2]
+    assert [list(level.shape) for level in features.levels.values()] == SHAPES
+    assert [level.stride for level in features.levels.values()] == [2, 4]
     assert features.model["weights"]["source"] == "random"
     assert features.model["frozen"] == {"stages": 1, "parameters": 2, "of": 4}
 

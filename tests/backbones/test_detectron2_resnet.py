@@ -136,7 +136,7 @@ def test_weights_of_yacs_are_a_checkpoint(planner: Planner) -> None:
 
 def test_every_named_config_of_the_libraries_can_be_planned(planner: Planner) -> None:
     names = [name for name in planner.catalogue.names() if name.startswith(("detectron2/", "detrex/"))]
-    assert len(names) == 7
+    assert {"detectron2/resnet50", "detectron2/vitdet_base", "detrex/resnet50_dc5"} <= set(names)
     levels = {
         name: [level.name for level in planner.plan(*planner.named(name, None, None)).levels]
         for name in names

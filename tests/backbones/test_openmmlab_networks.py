@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from pydantic import ValidationError
@@ -99,7 +100,11 @@ def key(raw: dict[str, Any]) -> str:
         ({"type": "mmpretrain.CSPResNeXt", "depth": 50, "frozen_stages": 4}, "#/backbone/frozen_stages"),
         ({"type": "mmpretrain.CSPDarkNet", "depth": 50}, "#/backbone/depth"),
         ({"type": "mmpretrain.VGG", "depth": 11, "dilations": [1, 1]}, "#/backbone/dilations"),
-        ({"type": "mmpretrain.VGG", "depth": 11, "num_classes": 10}, "#/backbone/num_classes"),
+        (
+            {"type": "mmpretrain.VGG", "depth": 11, "num_classes": 10, "num_stages": 3},
+            "#/backbone/num_classes",
+        ),
+        ({"type": "mmpretrain.VGG", "depth": 11, "num_classes": 10**9}, "#/backbone/num_classes"),
         ({"type": "mmpretrain.DenseNet", "arch": "120"}, "#/backbone/arch"),
         ({"type": "mmpretrain.RepVGG", "arch": "A0", "strides": [2, 2]}, "#/backbone/strides"),
         ({"type": "mmpretrain.RepVGG", "arch": "a0"}, "#/backbone/arch"),
@@ -214,3 +219,22 @@ def test_odd_sizes_reach_every_branch_and_stage() -> None:
     assert [tuple(found.shape[2:]) for found in hrnet.values()] == [(19, 26), (3, 4)]
     swin = outputs(built(TINY_SWIN), (45, 70), ["0", "1"])
     assert [tuple(found.shape[2:]) for found in swin.values()] == [(12, 18), (6, 9)]
+
+
+def test_the_classes_of_a_vgg_come_last_from_images_of_one_size(http: httpx.Client) -> None:
+    classified = {"type": "VGG", "depth": 11, "num_classes": 10}
+    for indices, names in (
+        (None, ["5"]),
+        ([0, 3], ["0", "3", "5"]),
+        ([5, 1], ["1", "5"]),
+        ([-1], ["5"]),
+    ):
+        told = http.post(
+            "/backbones/inspect", json={"backbone": {**classified, "out_indices": indices}}
+        ).json()
+        assert [level["name"] for level in told["levels"]] == names
+        assert told["levels"][-1]["shape"] == [1, 10]
+        assert told["levels"][-1]["layout"] == "NC"
+    refused = http.post("/backbones/inspect", json={"backbone": classified, "input_size": [256, 256]})
+    assert refused.status_code == 422
+    assert [fault["pointer"] for fault in refused.json()["errors"]] == ["#/backbone/num_classes"]

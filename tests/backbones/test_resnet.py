@@ -56,10 +56,10 @@ def test_an_architecture_is_described_without_weights(depth: int, parameters: in
     assert described.in_channels == 3
 
 
-def test_levels_come_in_the_order_asked_whatever_the_librarys_default() -> None:
+def test_levels_come_shallow_to_deep_in_whatever_order_they_are_asked_for() -> None:
     described = RESNET.describe(config())
     assert config().levels(described) == (Level(3, "3", "3"),)
-    assert config(out_indices=[2, -4]).levels(described) == (Level(2, "2", "2"), Level(0, "0", "0"))
+    assert config(out_indices=[2, -4]).levels(described) == (Level(0, "0", "0"), Level(2, "2", "2"))
 
 
 def test_strides_of_levels_and_strides_of_stages_are_told_apart() -> None:
@@ -168,6 +168,18 @@ def test_initialisers_mean_no_checkpoint(init_cfg: Any) -> None:
     assert config(init_cfg=init_cfg).weights() is None
 
 
+@pytest.mark.parametrize("nonlinearity", ["linear", "sigmoid", "tanh", "selu", "conv2d", "leaky_relu"])
+def test_an_initialiser_may_be_for_any_nonlinearity_that_has_a_gain(nonlinearity: str) -> None:
+    init_cfg = {"type": "Kaiming", "layer": "Conv2d", "nonlinearity": nonlinearity}
+    assert config(init_cfg=init_cfg).weights() is None
+
+
+def test_a_checkpoint_without_a_type_is_a_checkpoint() -> None:
+    assert config(init_cfg={"checkpoint": "a.pth"}).weights() == WeightsRef(
+        "a.pth", None, "#/backbone/init_cfg/checkpoint"
+    )
+
+
 def test_the_one_checkpoint_of_a_list_is_used() -> None:
     pretrained = {"type": "Pretrained", "checkpoint": "a.pth", "prefix": "backbone."}
     ref = config(init_cfg=[*INITIALISERS, pretrained]).weights()
@@ -239,7 +251,7 @@ def test_a_frozen_deep_stem_is_one_module() -> None:
         ({"norm_cfg": {"type": "GN", "num_groups": 3}}, "#/backbone/norm_cfg/num_groups"),
         ({"norm_cfg": {"type": "BN", "num_groups": 2}}, "#/backbone/norm_cfg/num_groups"),
         ({"norm_cfg": {"type": "IN"}}, "#/backbone/norm_cfg/type"),
-        ({"norm_cfg": {"type": "BN", "eps": 0}}, "#/backbone/norm_cfg/eps"),
+        ({"norm_cfg": {"type": "BN", "eps": -1e-9}}, "#/backbone/norm_cfg/eps"),
         ({"norm_cfg": {"type": "BN", "eps": float("nan")}}, "#/backbone/norm_cfg/eps"),
         ({"norm_cfg": {"type": "os.system"}}, "#/backbone/norm_cfg/type"),
         ({"drop_path_rate": 1.5}, "#/backbone/drop_path_rate"),

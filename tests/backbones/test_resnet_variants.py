@@ -252,8 +252,8 @@ def test_deformable_convolutions_of_no_stage_change_nothing() -> None:
 @pytest.mark.parametrize(
     ("name", "keys", "key"),
     [
-        ("mmdet.ResNet", {"dcn": DCN, "stage_with_dcn": [False, True, True, True]}, "dcn"),
-        ("mmdet.ResNeXt", {"plugins": [PLUGIN]}, "plugins"),
+        ("mmdet.ResNeSt", {"dcn": DCN, "stage_with_dcn": [False, True, True, True]}, "dcn"),
+        ("mmdet.Res2Net", {"plugins": [PLUGIN]}, "plugins"),
         ("mmdet.ResNet", {"pretrained": "a.pth", "init_cfg": PRETRAINED}, "pretrained"),
         ("mmdet.ResNet", {"pretrained": "a.pth", "checkpoint": "b.pth"}, "pretrained"),
         ("mmdet.ResNet", {"expansion": 4}, "expansion"),

@@ -127,8 +127,8 @@ def test_either_spelling_is_taken_in_either_scope() -> None:
     assert len(levels(config("mmpretrain", output_cls_token=True, out_indices=[0, 2]))) == 4
 
 
-def test_indices_count_from_either_end_in_the_order_asked() -> None:
-    assert [level.name for level in levels(config(out_indices=[-1, 0]))] == ["2", "0"]
+def test_indices_count_from_either_end_and_come_shallow_to_deep() -> None:
+    assert [level.name for level in levels(config(out_indices=[-1, 0]))] == ["0", "2"]
     assert [level.name for level in levels(config(out_indices=1))] == ["1"]
 
 
@@ -276,7 +276,7 @@ def test_norms_without_gradient_are_all_frozen() -> None:
         ("mmpretrain", {"layer_scale_init_value": float("inf")}, "#/backbone/layer_scale_init_value"),
         ("mmpretrain", {"patch_cfg": {"stride": 4}}, "#/backbone/patch_cfg/stride"),
         ("mmpretrain", {"layer_cfgs": {"ffn_type": "moe"}}, "#/backbone/layer_cfgs/ffn_type"),
-        ("mmpretrain", {"layer_cfgs": {"act_cfg": {"type": "ReLU"}}}, "#/backbone/layer_cfgs/act_cfg/type"),
+        ("mmpretrain", {"layer_cfgs": {"act_cfg": {"type": "Tanh"}}}, "#/backbone/layer_cfgs/act_cfg/type"),
         ("mmpretrain", {"norm_cfg": {"type": "BN"}}, "#/backbone/norm_cfg/type"),
         ("mmpretrain", {"drop_rate": 1}, "#/backbone/drop_rate"),
         ("mmpretrain", {"pretrained": True}, "#/backbone/pretrained"),

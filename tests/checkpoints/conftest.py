@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ class Answer:
     """What the server says to one path.
 
     `sent` is what really comes where the way is bad; nothing is sent before `gate`, nor the end before `hold`.
+    With `ranges` what is missing can be asked for, by ETag or date. `breaks` says after how many bytes each GET in turn
+    breaks off; `then` is what the next one gets. `trickle_s` seconds are between any two bytes, also of the head.
     """
 
     body: bytes
@@ -31,6 +34,10 @@ class Answer:
     sent: bytes | None = None
     gate: Event | None = None
     hold: Event | None = None
+    ranges: bool = False
+    breaks: list[int] = field(default_factory=list)
+    then: Answer | None = None
+    trickle_s: float | None = None
 
 
 class _Server(ThreadingHTTPServer):
@@ -42,12 +49,41 @@ class _Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)  # type: ignore[arg-type]  # passed on
 
 
+class Trickling:
+    """A connection's writer that sends a byte at a time, if the answer does."""
+
+    def __init__(self, writer: Any, answer: Answer) -> None:
+        self._writer = writer
+        self._pause_s = answer.trickle_s
+        self._ended = Event()
+
+    def write(self, data: bytes) -> int:
+        if self._pause_s is None:
+            return int(self._writer.write(data))
+        for byte in data:
+            self._writer.write(bytes([byte]))
+            self._writer.flush()
+            self._ended.wait(self._pause_s)
+        return len(data)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+    @property
+    def closed(self) -> bool:
+        return bool(self._writer.closed)
+
+
 class Remote:
     """The server: what it has, and what was asked of it."""
 
     def __init__(self) -> None:
         self.answers: dict[str, Answer] = {}
         self.requests: list[tuple[str, str]] = []
+        self.ranges: list[str | None] = []
         self.asked = Event()
         self._server = _Server(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -89,21 +125,42 @@ class Remote:
                 remote.requests.append((self.command, self.path))
                 missing = Answer(b"", 404, {"X-Error-Code": "RepoNotFound"})
                 answer = remote.answers.get(self.path, missing)
+                if with_body:
+                    remote.ranges.append(self.headers["Range"])
+                    if answer.then is not None:
+                        remote.answers[self.path] = answer.then
                 remote.asked.set()
                 if with_body and answer.gate is not None:
                     answer.gate.wait(10)
-                self.send_response(answer.status)
-                headers = {"Content-Length": str(len(answer.body)), **answer.headers}
-                for name, value in headers.items():
+                self.wfile = Trickling(self.wfile, answer)
+                body = self.head(answer)
+                if with_body:
+                    self.body(answer, body)
+
+            def head(self, answer: Answer) -> bytes:
+                status, headers, body = answer.status, dict(answer.headers), answer.body
+                known = {headers.get("ETag"), headers.get("Last-Modified")}
+                if answer.ranges and self.headers["Range"] and self.headers["If-Range"] in known:
+                    first = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+                    status, size = 206, len(body)
+                    headers["Content-Range"], body = f"bytes {first}-{size - 1}/{size}", body[first:]
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(body)), **headers}.items():
                     if value:
                         self.send_header(name, value)
                 self.end_headers()
-                if with_body:
-                    self.wfile.write(answer.body if answer.sent is None else answer.sent)
-                    self.close_connection = answer.sent is not None
-                    if answer.hold is not None:
-                        self.wfile.flush()
-                        answer.hold.wait(10)
+                return body
+
+            def body(self, answer: Answer, body: bytes) -> None:
+                sent = body if answer.sent is None else answer.sent
+                if answer.breaks:
+                    sent = sent[: answer.breaks.pop(0)]
+                    self.close_connection = True
+                self.wfile.write(sent)
+                self.close_connection |= answer.sent is not None
+                if answer.hold is not None:
+                    self.wfile.flush()
+                    answer.hold.wait(10)
 
             def log_message(self, format: str, *args: object) -> None:
                 """Quiet."""

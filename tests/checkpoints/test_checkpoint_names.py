@@ -74,9 +74,19 @@ def test_names_are_taken_apart(name: str, parsed: object) -> None:
         "hf-hub:org/name/",
         "hf-hub:org/name/../x.bin",
         "hf-hub:org/name/config.json",
-        "hf-hub:org/name/x.pkl",
+        "hf-hub:org/name/x.pickle",
         "hf-hub:org/name?x",
-        "R-50.pkl",
+        "R-50.pickle",
+        "detectron2:R-50.pkl",
+        "detectron2://",
+        "detectron2://R-50.txt",
+        "detectron2://../R-50.pkl",
+        "detectron2:///R-50.pkl",
+        "detectron2://a/R-50.pkl?x=1",
+        "detectron2://user@evil.example/../../R-50.pkl",
+        "catalog:ImageNetPretrained/MSRA/R-50",
+        "https://download.pytorch.org/a:b.pth",
+        "https://download.pytorch.org/:b/a.pth",
         "a.txt",
         "a",
         "x" * 600 + ".pth",
@@ -93,8 +103,8 @@ def test_a_refused_scheme_lists_those_that_are_served() -> None:
 
 
 def test_a_refused_extension_says_which_are_served() -> None:
-    with pytest.raises(RefusedNameError, match=r"'\.pkl' files are not served; .*\.safetensors"):
-        parse_name("R-50.pkl")
+    with pytest.raises(RefusedNameError, match=r"'\.pickle' files are not served; .*\.safetensors.*\.pkl"):
+        parse_name("R-50.pickle")
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,33 @@ def test_anchors_that_unfold_without_end_are_refused(directory: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "pointer"),
+    [
+        ("type: ResNet\n1: 2\n", "#/backbone"),
+        ("type: ResNet\ndepth: 2020-01-01\n", "#/backbone/depth"),
+        ("backbone: {type: ResNet, depth: .inf}\n", "#/backbone/depth"),
+        ("backbone: {type: ResNet, data: !!binary aGVsbG8=}\n", "#/backbone/data"),
+        ("backbone: {type: ResNet}\nneck: !!set {a, b}\n", "#/neck"),
+    ],
+)
+def test_yaml_that_json_cannot_carry_is_refused(directory: Path, text: str, pointer: str) -> None:
+    write(directory, "own.yaml", text)
+    with pytest.raises(InvalidConfig) as refused:
+        ConfigCatalogue(directory).load("own")
+    assert refused.value.faults[0].pointer == pointer
+
+
+def test_a_dead_link_is_no_file(directory: Path) -> None:
+    (directory / "own.yaml").symlink_to(directory / "gone.yaml")
+    (directory / "loop.yaml").symlink_to(directory / "loop.yaml")
+    with pytest.raises(InvalidConfig, match="not a file"):
+        ConfigCatalogue(directory).load("own")
+    write(directory, "above.yaml", "_base_: loop.yaml\n")
+    with pytest.raises(InvalidConfig, match="no base"):
+        ConfigCatalogue(directory).load("above")
+
+
+@pytest.mark.parametrize(
     "name", ["../own", "/etc/passwd", "own.yaml", "", "own\0", "a" * 10_000, "./own", "_base"]
 )
 def test_only_listed_names_are_looked_up(directory: Path, name: str) -> None:

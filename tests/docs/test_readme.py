@@ -18,7 +18,7 @@ from tests.conftest import ROOT, RunningService
 
 README = (ROOT / "README.md").read_text()
 URL = "http://127.0.0.1:8000"
-SECTIONS = ("Two commands", "Examples")
+SECTIONS = ("Two commands", "Examples", "Drop in a config")
 
 
 def blocks() -> list[tuple[str, str]]:

@@ -297,6 +297,34 @@ def test_the_forms_of_yolov7_run(changed: dict[str, Any], has: str) -> None:
     assert [tuple(level.shape) for level in run(neck)] == [(1, 8, 16, 24), (1, 16, 8, 12), (1, 32, 4, 6)]
 
 
+def test_a_layer_of_yolov7_may_be_normed_and_activated_otherwise_than_the_neck() -> None:
+    layer = {"type": "ELANBlock", "middle_ratio": 0.5, "block_ratio": 0.25}
+    group = {"norm_cfg": {"type": "GN", "num_groups": 1}}
+    names = set(built(YOLOV7, block_cfg={**layer, **group}).state_dict())
+    assert {"top_down_layers.0.main_conv.gn.weight", "reduce_layers.0.bn.weight"} <= names
+    plain = built(YOLOV7, block_cfg={**layer, "norm_cfg": None}).state_dict()
+    assert "top_down_layers.0.main_conv.conv.bias" in plain
+    assert refused(YOLOV7, act_cfg=None)[0] == "#/neck/act_cfg"
+
+
+@pytest.mark.parametrize("name", ["YOLOv5PAFPN", "YOLOv8PAFPN", "YOLOXPAFPN", "CSPNeXtPAFPN"])
+def test_a_yolo_neck_without_norms_has_biases(name: str) -> None:
+    outputs = 8 if name in ("YOLOXPAFPN", "CSPNeXtPAFPN") else [8, 16, 32]
+    raw = {"type": f"mmyolo.{name}", "in_channels": [8, 16, 32], "out_channels": outputs, "norm_cfg": None}
+    names = list(built(raw).state_dict())
+    assert not [key for key in names if ".bn." in key]
+    assert "downsample_layers.0.conv.bias" in names
+
+
+def test_levels_may_be_enlarged_by_mixed_pixels() -> None:
+    mixed = {"scale_factor": 2, "mode": "bilinear", "align_corners": True}
+    for library in ("mmdet", "mmyolo"):
+        raw = {**YOLOX, "type": f"{library}.CSPNeXtPAFPN"}
+        assert config(raw).key() != config(raw, upsample_cfg=mixed).key()
+        nearest, smooth = run(built(raw)), run(built(raw, upsample_cfg=mixed))
+        assert not torch.allclose(nearest[0], smooth[0])
+
+
 # --- classifiers ----------------------------------------------------------------------------------
 
 
@@ -312,6 +340,15 @@ def test_a_linear_neck_takes_the_last_level_only() -> None:
     assert (
         family("mmpretrain.LinearNeck").describe(config(linear, gap_dim=0), vectors).levels[0].channels == 5
     )
+
+
+def test_a_linear_neck_averages_tokens_whose_channels_come_first() -> None:
+    linear = {"type": "mmpretrain.LinearNeck", "in_channels": 32, "out_channels": 5}
+    tokens = [LevelFacts(11, "11", "NCL", 32, None)]
+    neck = family("mmpretrain.LinearNeck").build(config(linear, gap_dim=1), tokens).eval()
+    features = torch.randn(2, 32, 7)
+    assert torch.allclose(run(neck, [features])[0], run(neck, [features.mean(2, keepdim=True)])[0], atol=1e-6)
+    assert refused(linear, tokens, gap_dim=2)[0] == "#/neck/gap_dim"
 
 
 def test_a_generalised_mean_of_a_large_power_is_the_maximum() -> None:

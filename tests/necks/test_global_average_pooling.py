@@ -32,6 +32,18 @@ def test_each_map_is_averaged_over_its_pixels() -> None:
     assert torch.allclose(pooled, maps.flatten(2).mean(2))
 
 
+def test_tokens_with_their_channels_first_are_averaged_at_dimension_1() -> None:
+    level = LevelFacts(11, "11", "NCL", 8, None)
+    described = GLOBAL_AVERAGE_POOLING.describe(config(dim=1), [level])
+    assert described.levels == (LevelFacts(11, "11", "NC", 8, None),)
+    tokens = torch.arange(2 * 8 * 5, dtype=torch.float32).reshape(2, 8, 5)
+    (pooled,) = GLOBAL_AVERAGE_POOLING.build(config(dim=1), [level])([tokens])
+    assert torch.equal(pooled, tokens.mean(2))
+    with pytest.raises(InvalidConfig) as refused:
+        GLOBAL_AVERAGE_POOLING.describe(config(), [level])
+    assert refused.value.faults[0].pointer == "#/neck/dim"
+
+
 @pytest.mark.parametrize("layout", ["NLC", "NC"])
 def test_levels_that_are_not_maps_are_refused(layout: Layout) -> None:
     level = LevelFacts(11, "11.cls", layout, 8, None)

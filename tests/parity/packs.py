@@ -29,7 +29,7 @@ DEFAULT_TOLERANCE = 1e-5
 LOOSER_TOLERANCES = {
     "mmpretrain-SEResNet-50": 1e-3,
     "mmpretrain-SEResNeXt-50": 1e-3,
-    "mmpretrain-EfficientNetV2-b0": 3e-5,
+    "mmpretrain-MobileOne-s4": 5e-5,
 }
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 HEAD = {"head.fc.weight": (10, 8), "head.fc.bias": (10,)}
@@ -132,7 +132,8 @@ class Pack:
             if rule is not None and entry.name not in self.aliases and entry.name not in self.computed:
                 found[entry.name] = _tensor(entry, rule, self.gain)
         for name, original in self.aliases.items():
-            found[name] = found[original]
+            if original in found:  # no table that a network computes
+                found[name] = found[original]
         if self.written_as is not None:
             return {theirs: official_swin(name, found[name]) for name, theirs in self.written_as.items()}
         return found

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
 from service.config.spec import WeightsRef
 from service.errors import CheckpointMismatch
-from service.necks.base import LevelFacts, Neck, NeckFamily
-from service.necks.catalogue import neck_registry
+from service.necks.base import Neck
+from tests.parity.compute import neck_family, neck_inputs
 from tests.parity.packs import Pack, load_pack, pack_names, relative_error
 
 NECKS = [name for name in pack_names("openmmlab/*") if load_pack(name).is_neck]
 
 
-def family_of(pack: Pack) -> NeckFamily[Any]:
-    found: NeckFamily[Any] = neck_registry().resolve(pack.config["type"], pointer="#/neck/type").family
-    return found
-
-
-def facts_of(pack: Pack) -> list[LevelFacts]:
-    return [LevelFacts(i, str(i), "NCHW", shape[1], 4 << i) for i, (_, shape) in enumerate(pack.inputs)]
-
-
 def loaded(pack: Pack) -> Neck:
-    family, levels = family_of(pack), facts_of(pack)
+    family, levels = neck_family(pack), neck_inputs(pack)
     config = family.config.model_validate(pack.config)
     neck: Neck
     neck, keys = family.load(config, levels, pack.state(), WeightsRef("any"))
@@ -46,7 +35,7 @@ def test_every_level_of_a_neck_is_the_librarys(name: str) -> None:
 @pytest.mark.parametrize("name", NECKS)
 def test_a_neck_is_described_as_it_is(name: str) -> None:
     pack = load_pack(name)
-    family, levels = family_of(pack), facts_of(pack)
+    family, levels = neck_family(pack), neck_inputs(pack)
     config = family.config.model_validate(pack.config)
     described = family.describe(config, levels)
     assert [level.channels for level in described.levels] == [one.shape[1] for one in pack.outputs]
@@ -66,7 +55,7 @@ def test_a_neck_is_described_as_it_is(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in NECKS if load_pack(name).entries])
 def test_a_neck_without_one_of_its_weights_is_refused(name: str) -> None:
     pack = load_pack(name)
-    family, levels = family_of(pack), facts_of(pack)
+    family, levels = neck_family(pack), neck_inputs(pack)
     config = family.config.model_validate(pack.config)
     state = pack.state()
     gone = next(iter(state))
