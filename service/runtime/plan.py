@@ -324,8 +324,10 @@ def _as_given(fact: LevelFacts, shape: tuple[int, ...]) -> LevelShape:
 def size_refused(plan: Plan, size: tuple[int, int], pointer: str) -> InvalidConfig:
     """The error for an input that a backbone cannot take."""
     height, width = plan.input_size
-    detail = f"{plan.type} does not take images of {size[0]}x{size[1]}; it is made for {height}x{width}"
-    return InvalidConfig(pointer, detail)
+    detail = f"{plan.type} does not take images of {size[0]}x{size[1]}"
+    # A network that says nothing of its size may not even take the usual one.
+    advice = f"it is made for {height}x{width}" if size != plan.input_size else "give another size"
+    return InvalidConfig(pointer, f"{detail}; {advice}")
 
 
 def _levels_of_table(plan: Plan, size: tuple[int, int]) -> tuple[LevelShape, ...] | None:

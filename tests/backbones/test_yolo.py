@@ -383,6 +383,14 @@ def test_a_shipped_config_has_the_librarys_channels(
     assert [level["channels"] for level in levels] == channels
 
 
+def test_a_network_that_cannot_take_the_usual_size_asks_for_another(http: httpx.Client) -> None:
+    config = {"type": "mmyolo.YOLOv7Backbone", "arch": "D", "out_indices": [5]}
+    refused = http.post("/backbones/inspect", json={"backbone": config})
+    assert refused.status_code == 422
+    assert "does not take images of 224x224; give another size" in refused.json()["detail"]
+    assert http.post("/backbones/inspect", json={"backbone": config, "input_size": 640}).status_code == 200
+
+
 def test_a_name_that_two_libraries_have_is_refused_with_both(http: httpx.Client) -> None:
     reply = http.post("/backbones/inspect", json={"backbone": {"type": "CSPNeXt"}})
     assert reply.status_code in (404, 422)
