@@ -425,11 +425,7 @@ def _renamed(name: str) -> str:
 
 
 def _reordered(name: str, tensor: Tensor) -> Tensor:
-    """[..., 4c] with the neighbours (0, 0), (1, 0), (0, 1), (1, 1) outermost to [..., 4c] with them innermost."""
-    if not MERGED.search(name) or tensor.shape[-1] % 4:
-        return tensor
-    quarters = tensor.reshape(*tensor.shape[:-1], 4, -1)[..., [0, 2, 1, 3], :]
-    return quarters.transpose(-1, -2).flatten(-2)
+    return _into_channels_outermost(tensor) if MERGED.search(name) else tensor
 
 
 # --- mmpretrain.SwinTransformer = mmcls.SwinTransformer -------------------------------------------
@@ -705,14 +701,23 @@ MERGED_PARTS = ("norm", "reduction")
 
 def _into_channels_outermost(tensor: Tensor) -> Tensor:
     """[..., 4c] with the neighbours (0, 0), (1, 0), (0, 1), (1, 1) outermost to [..., 4c] with them innermost."""
+    if not _is_of_four(tensor):
+        return tensor
     quarters = tensor.reshape(*tensor.shape[:-1], 4, -1)[..., [0, 2, 1, 3], :]
     return quarters.transpose(-1, -2).flatten(-2)
 
 
 def _into_neighbours_outermost(tensor: Tensor) -> Tensor:
     """The way back."""
+    if not _is_of_four(tensor):
+        return tensor
     quarters = tensor.reshape(*tensor.shape[:-1], -1, 4).transpose(-1, -2)[..., [0, 2, 1, 3], :]
     return quarters.flatten(-2)
+
+
+def _is_of_four(tensor: Tensor) -> bool:
+    """Whether there are four neighbours to reorder; of another shape the tensor does not fit, and is told so later."""
+    return tensor.dim() > 0 and tensor.shape[-1] > 0 and tensor.shape[-1] % 4 == 0
 
 
 MERGING = Change(_into_channels_outermost, _into_neighbours_outermost)

@@ -809,10 +809,15 @@ _OFFICIAL_GATED = rules(
 )
 
 
+def _doubled(weight: Tensor) -> tuple[int, ...]:
+    """Twice the inputs of a linear layer; nothing for a tensor that is no such weight."""
+    return tuple(2 * side for side in weight.shape[1:2])
+
+
 def _timm_rules(state: StateDict, ours: bool) -> tuple[KeyRule, ...]:
     """A gated feed-forward has the names of a plain one in timm, and twice the channels between its layers."""
     first, last = (state.get(f"blocks.0.mlp.fc{k}.weight") for k in (1, 2))
-    gated = ours or (first is not None and last is not None and first.shape[0] == 2 * last.shape[-1])
+    gated = ours or (first is not None and last is not None and first.shape[:1] == _doubled(last))
     return (*(_GATED if gated else ()), *rules(_TIMM_NAMES), *_OFFICIAL_GATED)
 
 

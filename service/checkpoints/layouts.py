@@ -194,7 +194,10 @@ class Naming:
         ours = layout.to_ours(state).state
         if not set(self.marks) <= ours.keys():
             return False
-        return self.stem_kernel is None or ours[self.stem_kernel[0]].shape[-1] == self.stem_kernel[1]
+        if self.stem_kernel is None:
+            return True
+        name, width = self.stem_kernel
+        return ours[name].shape[-1:] == (width,)
 
 
 def _into_ours(rule: KeyRule) -> TensorChange | None:

@@ -685,3 +685,21 @@ def _families() -> dict[str, Family[Any]]:
 
 
 FAMILIES = _families()
+
+
+@pytest.mark.parametrize("naming", all_namings(), ids=lambda naming: naming.kind)
+def test_tensors_of_any_shape_are_translated_or_left(naming: Naming) -> None:
+    shapes = ((), (0,), (3,), (5, 7), (1, 1, 1, 1), (2, 0), (3, 5, 1, 1))
+    entry, family = next((entry, family) for entry, family in FAMILIES.items() if family.naming is naming)
+    _, config = parts(dict(family.example(entry)))
+    with torch.device("meta"):
+        names = dict(family.build(config).state_dict())
+    for library in naming.libraries():
+        there = naming.translate(names, family.library or naming.own[0], library)
+        assert there is not None
+        for first in range(len(shapes)):
+            places = enumerate(there.state, first)
+            hostile = {name: torch.zeros(shapes[place % len(shapes)]) for place, name in places}
+            for target in naming.libraries():
+                assert naming.translate(hostile, library, target) is not None
+            assert naming.recognises(hostile, library) in (True, False)
