@@ -361,7 +361,7 @@ class Family(Generic[C]):
         example: a config of the type given that works as it stands, for the documentation.
         architectures: the named architectures of the type given (`arch`, `depth`, …), for the documentation.
         naming: the names of its weights in other libraries, whose files are loaded too.
-        library: whose names `load` takes: one of `naming`'s, or of any network's; its own where it is empty.
+        key_library: whose names `load` takes: one of `naming`'s, or of any network's; its own where it is empty.
     """
 
     config: type[C]
@@ -371,4 +371,4 @@ class Family(Generic[C]):
     example: Callable[[str], Mapping[str, Any]]
     architectures: Callable[[str], Sequence[str]] = _no_names
     naming: Naming | None = None
-    library: str = ""
+    key_library: str = ""

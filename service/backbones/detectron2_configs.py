@@ -850,7 +850,7 @@ RESNET = Family(
     example=_example,
     architectures=_depths,
     naming=RESNET_NAMES,
-    library="detectron2",
+    key_library="detectron2",
 )
 YACS_RESNET = Family(
     config=YacsConfig,
@@ -860,5 +860,5 @@ YACS_RESNET = Family(
     example=_yacs_example,
     architectures=_depths,
     naming=RESNET_NAMES,
-    library="detectron2",
+    key_library="detectron2",
 )

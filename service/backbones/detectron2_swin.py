@@ -31,6 +31,7 @@ from service.backbones.swin import (
     SWIN_NAMES,
     Depths,
     HeadCounts,
+    Stage,
     SwinSpec,
     Width,
     Window,
@@ -99,20 +100,10 @@ class PatchMerging(nn.Module):
         return merged
 
 
-class Stage(nn.Module):
-    """Blocks, shifted every second time, then the merging of patches; keys `blocks`, `downsample`."""
-
-    def __init__(self, spec: SwinSpec, stage: int) -> None:
-        super().__init__()
-        blocks = (Block(spec, stage, shifted=bool(index % 2)) for index in range(spec.depths[stage]))
-        self.blocks = nn.ModuleList(blocks)
-        self.downsample = PatchMerging(spec.widths()[stage], spec.eps) if spec.merges(stage) else None
-
-    def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
-        """[n, h, w, c] to the map before and after the merging."""
-        for block in self.blocks:
-            maps = block(maps)
-        return maps, maps if self.downsample is None else self.downsample(maps)
+def make_stage(spec: SwinSpec, stage: int) -> Stage:
+    """A stage with detectron2's blocks, of which every second one is shifted."""
+    blocks = (Block(spec, stage, shifted=bool(index % 2)) for index in range(spec.depths[stage]))
+    return Stage(blocks, PatchMerging(spec.widths()[stage], spec.eps) if spec.merges(stage) else None)
 
 
 class PatchEmbed(nn.Module):
@@ -141,7 +132,7 @@ class DetectronSwin(Backbone, Scale):
         grid = spec.positions
         self.absolute_pos_embed = nn.Parameter(torch.empty(1, spec.width, *grid)) if grid else None
         self.patch_embed = PatchEmbed(spec)
-        self.layers = nn.ModuleList(Stage(spec, stage) for stage in range(len(spec.depths)))
+        self.layers = nn.ModuleList(make_stage(spec, stage) for stage in range(len(spec.depths)))
         for stage in spec.outputs:
             self.add_module(f"norm{stage}", nn.LayerNorm(self.features[stage].channels, eps=spec.eps))
 

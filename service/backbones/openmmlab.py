@@ -523,5 +523,5 @@ def make_family(
         example=lambda type_name: {"type": type_name, **example},
         architectures=lambda type_name: architectures,  # noqa: ARG005 - the same for every spelling
         naming=naming,
-        library=library,
+        key_library=library,
     )

@@ -659,7 +659,7 @@ def family(
         example=lambda type_name: {"type": type_name, choice: shown, "out_indices": list(indices)},
         architectures=lambda _type_name: [str(name) for name in names],
         naming=naming,
-        library=library,
+        key_library=library,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -288,19 +288,24 @@ class PatchMerging(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks, shifted every second time, then the merging of patches; keys `blocks`, `downsample`."""
+    """Blocks, then the merging of patches; keys `blocks`, `downsample`."""
 
-    def __init__(self, spec: SwinSpec, stage: int) -> None:
+    def __init__(self, blocks: Iterable[nn.Module], merging: nn.Module | None) -> None:
         super().__init__()
-        blocks = (Block(spec, stage, shifted=bool(index % 2)) for index in range(spec.depths[stage]))
         self.blocks = nn.ModuleList(blocks)
-        self.downsample = PatchMerging(spec, spec.widths()[stage]) if spec.merges(stage) else None
+        self.downsample = merging
 
     def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
         """[n, h, w, c] to the map before and after the merging."""
         for block in self.blocks:
             maps = block(maps)
         return maps, maps if self.downsample is None else self.downsample(maps)
+
+
+def make_stage(spec: SwinSpec, stage: int) -> Stage:
+    """A stage with OpenMMLab's blocks, of which every second one is shifted."""
+    blocks = (Block(spec, stage, shifted=bool(index % 2)) for index in range(spec.depths[stage]))
+    return Stage(blocks, PatchMerging(spec, spec.widths()[stage]) if spec.merges(stage) else None)
 
 
 class PatchEmbed(nn.Module):
@@ -336,7 +341,7 @@ class SwinTransformer(Backbone, Scale):
         self.features = spec.features()
         self.absolute_pos_embed = absolute_positions(spec)
         self.patch_embed = PatchEmbed(spec)
-        self.stages = nn.ModuleList(Stage(spec, stage) for stage in range(len(spec.depths)))
+        self.stages = nn.ModuleList(make_stage(spec, stage) for stage in range(len(spec.depths)))
         for stage in spec.outputs:
             self.add_module(f"norm{stage}", nn.LayerNorm(self.features[stage].channels, eps=spec.eps))
 

@@ -406,7 +406,7 @@ TIMM = Family(
     load=load,
     example=_example,
     architectures=_tags,
-    library="timm",
+    key_library="timm",
 )
 TIMM_BACKBONE = Family(
     config=TimmBackboneConfig,
@@ -415,5 +415,5 @@ TIMM_BACKBONE = Family(
     load=load,
     example=_example_openmmlab,
     architectures=_served,
-    library="timm",
+    key_library="timm",
 )

@@ -664,5 +664,5 @@ TORCHVISION = Family(
     build=build,
     load=load,
     example=_example,
-    library="torchvision",
+    key_library="torchvision",
 )

@@ -112,7 +112,7 @@ def _candidates(
 ) -> Iterator[Translation]:
     for prefix, below in without_prefix(state):
         for naming, source in _readings(family, below):
-            target = family.library or naming.own[0]
+            target = family.key_library or naming.own[0]
             if not _is_same(naming, source, target):
                 renamed = naming.translate(below, source, target)
                 if renamed is not None:
@@ -131,7 +131,7 @@ def _readings(family: Family[Any], state: StateDict) -> Iterator[tuple[Naming, s
                 yield family.naming, source
         return
     for naming in all_namings():
-        if family.library in naming.libraries():
+        if family.key_library in naming.libraries():
             yield from ((naming, source) for source in naming.libraries() if naming.recognises(state, source))
 
 

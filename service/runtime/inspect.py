@@ -80,7 +80,7 @@ def checkpoint_layouts(entry: TypeEntry, family: Family[Any]) -> tuple[str, ...]
     """The libraries by whose names a type's checkpoints are read, its own first; the layouts that all types share
     (prefixes, wrappers) are not among them.
     """
-    own = family.library or entry.scope
+    own = family.key_library or entry.scope
     others = family.naming.libraries() if family.naming is not None else ()
     return tuple(dict.fromkeys((own, *others)))
 

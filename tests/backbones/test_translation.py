@@ -375,7 +375,7 @@ def shaped(expected: Tensor, found: Tensor) -> Tensor:
 def names_of(given: Config) -> str:
     family, _ = parts(given)
     assert family.naming is not None
-    return family.library or family.naming.own[0]
+    return family.key_library or family.naming.own[0]
 
 
 @pytest.mark.parametrize(("model", "keys", "openmmlab", "side"), SAME_MAPS, ids=lambda value: str(value)[:40])
@@ -662,7 +662,7 @@ def test_no_two_names_of_a_network_become_one(naming: Naming) -> None:
         family, config = parts(dict(FAMILIES[entry].example(entry)))
         with torch.device("meta"):
             names = dict(family.build(config).state_dict())
-        own = naming.layout(family.library or naming.own[0])
+        own = naming.layout(family.key_library or naming.own[0])
         assert own is not None
         ours = own.to_ours(names)
         assert not lost(own, names, ours.left, ours=False), entry
@@ -695,7 +695,7 @@ def test_tensors_of_any_shape_are_translated_or_left(naming: Naming) -> None:
     with torch.device("meta"):
         names = dict(family.build(config).state_dict())
     for library in naming.libraries():
-        there = naming.translate(names, family.library or naming.own[0], library)
+        there = naming.translate(names, family.key_library or naming.own[0], library)
         assert there is not None
         for first in range(len(shapes)):
             places = enumerate(there.state, first)
