@@ -33,7 +33,7 @@ format: $(STAMP)  ## put the code into its format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP)  ## measure the service beside what a user would pick instead
+bench: $(STAMP)  ## measure the service beside what one would use instead (a quarter of an hour)
 	$(BIN)/python -m benchmarks $(ARGS)
 
 tables: $(STAMP)  ## measure every shipped architecture again (about ten minutes)

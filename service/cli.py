@@ -95,19 +95,8 @@ def _serve(options: argparse.Namespace) -> int:
         return _fail("; ".join(_fault_text(fault) for fault in error.errors()), 2)
     if fault := _folder_fault(settings):
         return _fail(fault, 2)
-    from service.api.server import run_server  # the web stack and torch are only needed here
-    from service.backbones.catalogue import backbone_registry
-    from service.necks.catalogue import neck_registry
-    from service.runtime.device import pick_device
+    from service.api.server import run_server  # the web stack is only needed here
 
-    try:
-        pick_device(settings.device)
-    except ValueError as error:
-        return _fail(f"{_named('device')}: {error}", 2)
-    try:
-        backbone_registry(), neck_registry()
-    except ValueError as error:  # another package's types are not named as types are, or as others are
-        return _fail(str(error), 2)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     _warn(settings)
     status = run_server(settings)

@@ -232,3 +232,16 @@ class OutOfMemory(Unavailable):
     """The model or its activations do not fit the memory budget."""
 
     title = "Not enough memory"
+
+
+class Starting(Unavailable):
+    """The service was still starting when the deadline passed; that goes on."""
+
+    title = "The service is still starting"
+
+
+# --- no request: what keeps the service from starting -------------------------------------------
+
+
+class CannotStart(ValueError):
+    """What an operator has to change before the service can start; the text is one line for them."""

@@ -50,6 +50,12 @@ class Metrics:
             "backbone_checkpoint_fetched_bytes", "Bytes of checkpoints downloaded.", registry=self.registry
         )
         self.loads = Counter("backbone_model_loads", "Loads by outcome.", ["outcome"], registry=self.registry)
+        self.promotions = Counter(
+            "backbone_model_promotions",
+            "Models that went from torch to a faster engine, by outcome: promoted, refused, failed.",
+            ["outcome"],
+            registry=self.registry,
+        )
 
     def text(self) -> bytes:
         """The Prometheus text format."""

@@ -62,7 +62,19 @@ class Settings(BaseSettings):
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda|cuda:\d{1,2}|mps)$", description="auto, cpu, cuda, cuda:N or mps"
     )
-    engine: Literal["auto", "torch"] = Field("auto", description="what runs the models: auto or torch")
+    engine: Literal["auto", "torch", "openvino", "inductor"] = Field(
+        "auto",
+        description="what runs the models: auto, torch, openvino or inductor; see Engines",
+    )
+    engine_cache: Path = Field(
+        Path("engine_cache"), description="folder where converted networks are kept over a restart"
+    )
+    engine_cache_bytes: int = Field(
+        10 * 2**30, ge=0, description="bytes that the folder of converted networks may take"
+    )
+    emulate_precision: bool = Field(
+        False, description="compute in precisions that the device only emulates, slower than in float32"
+    )
     model_budget: str = Field(
         "70%",
         pattern=r"^\d+(\.\d+)?%$|^\d+$",
@@ -77,7 +89,9 @@ class Settings(BaseSettings):
     max_images: int = Field(32, ge=1, le=1024, description="images in one request")
     max_reply_bytes: int = Field(64_000_000, ge=1, description="largest reply")
     queue_size: int = Field(512, ge=1, description="images that may wait for the device")
-    max_batch: int = Field(16, ge=1, le=1024, description="images in one forward pass")
+    max_batch: int = Field(
+        16, ge=1, le=1024, description="images in one forward pass at most; how many pay is learned"
+    )
     request_timeout: float = Field(30.0, gt=0, description="seconds a request may take")
     drain_seconds: float = Field(10.0, ge=0, description="seconds to finish what is in flight at shutdown")
     decode_threads: int = Field(

@@ -22,8 +22,8 @@ from tests.processes import ROOT, Process, Start
 class RunningService:
     """The service on a free port of loopback, in a thread of its own; a client that talks to it."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.app = create_app(settings)
+    def __init__(self, settings: Settings, engine: Any = None) -> None:
+        self.app = create_app(settings, engine)
         config = uvicorn.Config(self.app, port=0, log_level="warning", access_log=False, server_header=False)
         self._server = uvicorn.Server(config)
         self._started = threading.Event()
@@ -35,6 +35,7 @@ class RunningService:
 
         async def started(sockets: Any = None) -> None:
             await startup(sockets)
+            await self.app.state.startup.finished()
             self._started.set()
 
         self._server.startup = started  # type: ignore[method-assign]  # to be told, not to poll
@@ -65,7 +66,7 @@ class RunningService:
     @property
     def engine(self) -> Any:
         """The engine inside, for what cannot be seen from outside."""
-        return self.app.state.engine
+        return self.app.state.startup.now
 
 
 Serve = Callable[..., RunningService]
@@ -78,6 +79,8 @@ def settings_for(folder: Path, **given: Any) -> Settings:
         "checkpoint_dir": folder,
         "device": "cpu",
         "model_budget": "4000000000",
+        "engine": "torch",  # what converts models in the background is tested by itself
+        "engine_cache": folder / "engine_cache",
     }
     return Settings(**{**defaults, **given})
 

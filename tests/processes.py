@@ -20,7 +20,13 @@ COMMAND = str(Path(sys.executable).parent / "backbone-service")
 def environment(**given: str) -> dict[str, str]:
     """The environment without the settings of whoever runs the tests."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("BACKBONE_", "HF_"))}
-    return {**clean, "BACKBONE_CONFIG_DIR": str(ROOT / "model_configs"), "BACKBONE_DEVICE": "cpu", **given}
+    return {
+        **clean,
+        "BACKBONE_CONFIG_DIR": str(ROOT / "model_configs"),
+        "BACKBONE_DEVICE": "cpu",
+        "BACKBONE_ENGINE": "torch",
+        **given,
+    }
 
 
 class Process:
@@ -38,10 +44,17 @@ class Process:
         self._more = threading.Condition()
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
+        try:
+            self.port = self._find_port()
+        except BaseException:
+            self._end()
+            raise
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60, trust_env=False)
+
+    def _find_port(self) -> int:
         found = re.search(r"running on http://127\.0\.0\.1:(\d+)", self.wait_for_line("running on"))
         assert found
-        self.port = int(found[1])
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60, trust_env=False)
+        return int(found[1])
 
     def _read(self) -> None:
         assert self._process.stderr is not None
@@ -80,6 +93,9 @@ class Process:
 
     def close(self) -> None:
         self.http.close()
+        self._end()
+
+    def _end(self) -> None:
         self._process.kill()
         self._process.wait(60)
         self._reader.join(60)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -14,14 +14,18 @@ from starlette.responses import Response
 
 from service.api import backbones, configs, docs, features, health, models
 from service.api.access import Access
+from service.api.compression import CompressionMiddleware
 from service.api.errors import on_crash, on_http_exception, on_service_error, on_validation_error
 from service.api.middleware import ServiceMiddleware
 from service.api.openapi import TAGS, DescribedApp, operation_id
+from service.api.startup import Startup
 from service.errors import ServiceError
 from service.metrics import Metrics
-from service.runtime.engine import Engine
 from service.settings import Settings
 from service.version import service_version
+
+if TYPE_CHECKING:
+    from service.runtime.engine import Engine
 
 DESCRIPTION = """\
 Turns images into the features of vision backbones. Send a backbone config, spelled as OpenMMLab, timm or torchvision
@@ -31,7 +35,7 @@ spell it, and an image to `POST /features`; `GET /backbones` lists what can be a
 
 
 def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
-    """The ASGI app.
+    """The ASGI app. It listens at once; its engine is made meanwhile, and requests that come early wait for it.
 
     Args:
         settings: everything an operator can set.
@@ -41,13 +45,12 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.engine = engine or await asyncio.to_thread(Engine, settings, metrics)
-        app.state.engine.start()
+        startup: Startup = app.state.startup
+        startup.begin()
         try:
             yield
         finally:
-            if engine is None:
-                await app.state.engine.stop()
+            await startup.stop()
 
     app = DescribedApp(
         title="backbone-service",
@@ -61,10 +64,12 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
         redirect_slashes=False,  # the address of a redirect would be made of the client's own Host header
     )
     app.state.access = Access(settings)
+    app.state.startup = Startup(settings, metrics, engine)
     for routes in (features, backbones, configs, models, health, docs):
         app.include_router(routes.router)
     docs.mount_assets(app)
     _add_error_handlers(app)
+    app.add_middleware(CompressionMiddleware)
     app.add_middleware(ServiceMiddleware, max_body_bytes=settings.max_body_bytes, metrics=metrics)
     return app
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Query
 from starlette.requests import Request
@@ -13,8 +13,9 @@ from service.api.openapi import INSPECT_OPERATION, INSPECT_REPLY, TYPE_REPLY, TY
 from service.api.reply import json_reply
 from service.api.state import client, engine_of, while_connected
 from service.errors import InvalidConfig
-from service.runtime.engine import Engine
-from service.runtime.inspect import inspection, list_types, type_page
+
+if TYPE_CHECKING:
+    from service.runtime.engine import Engine
 
 router = APIRouter(tags=["backbones"], dependencies=[Depends(client)])
 MAX_PAGE = 2000
@@ -34,7 +35,10 @@ async def get_backbones(
     cursor: Annotated[str, Query(max_length=128, description="`next` of the page before")] = "",
 ) -> Response:
     """The types in the order of their names, a page at a time."""
-    return json_reply(list_types(engine_of(request).planner, scope, search, limit, cursor))
+    engine = await engine_of(request)
+    from service.runtime.inspect import list_types  # with torch, which the engine has imported by now
+
+    return json_reply(list_types(engine.planner, scope, search, limit, cursor))
 
 
 @router.get(
@@ -54,7 +58,9 @@ async def get_backbone(
     ],
 ) -> Response:
     """The JSON Schema of its parameters, its named architectures, its indices, and an example config."""
-    engine = engine_of(request)
+    engine = await engine_of(request)
+    from service.runtime.inspect import type_page
+
     return json_reply(await engine.planning(type_page, engine.planner, type))
 
 
@@ -69,13 +75,15 @@ async def post_inspect(request: Request) -> Response:
     """Levels, parameters, bytes and frozen names of a config; no weights are made and no image is needed."""
     body = await read_json_object(request, ("backbone", "neck", "input_size"), required="backbone")
     size = _input_size(body.get("input_size"))
-    found = _inspected(engine_of(request), body["backbone"], body.get("neck"), size)
+    found = _inspected(await engine_of(request), body["backbone"], body.get("neck"), size)
     return json_reply(await while_connected(request, found))
 
 
 async def _inspected(
     engine: Engine, backbone: Any, neck: Any, size: tuple[int, int] | None
 ) -> dict[str, Any]:
+    from service.runtime.inspect import inspection
+
     plan = await engine.plan(backbone, neck)
     return await engine.planning(inspection, engine.planner, plan, size)
 

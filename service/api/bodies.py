@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, ParamSpec, TypeVar
+from urllib.parse import parse_qsl
 
 from python_multipart.multipart import parse_options_header
-from starlette.datastructures import FormData, UploadFile
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from service.api.forms import FormLimits, FormPart, parse_form
 from service.errors import Fault, InvalidConfig, MalformedBody, TooLarge, UnsupportedMedia
 from service.protocol.request import (
     FeatureRequest,
@@ -26,9 +27,18 @@ from service.validation import pointer_to
 
 TEXT_PARTS = tuple(field.alias or name for name, field in FeatureRequest.model_fields.items())
 MAX_TEXT_BYTES = 256 * 1024
-MAX_PARTS = 2048
+FORM_LIMITS = FormLimits(max_files=2048, max_texts=len(TEXT_PARTS) * 2, max_text_bytes=MAX_TEXT_BYTES)
+# Below it, reading a body takes less time than handing it to another thread.
+QUICK_BYTES = 64 * 1024
+# Clients repeat their parameters: those of this many requests are kept as they were understood. A JSON of 4 kB is
+# objects of 0.1 MB at worst, so what is kept stays under 32 MB whatever is sent.
+KEPT_PARAMETERS = 256
+KEPT_CHARS = 4096
 CHARSETS = (b"utf-8", b"utf8", b"us-ascii")
 NPY_TYPES = ("application/x-npy", "application/npy")
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -72,76 +82,88 @@ def _is_raw(media_type: str) -> bool:
     return media_type.startswith("image/") or media_type in (*NPY_TYPES, "application/octet-stream")
 
 
-def _refuse_charset(request: Request) -> None:
-    """Refuse parts in another charset: Python knows some that fail, or that make no text."""
-    _, parameters = parse_options_header(request.headers.get("content-type"))
-    charset = parameters.get(b"charset", b"utf-8").lower()
-    if charset not in CHARSETS:
-        raise UnsupportedMedia("multipart bodies are served in the charset utf-8 only")
-
-
 def _refuse_query(request: Request) -> None:
     """Refuse keys in the query of a body that carries its own: they would be ignored without a word."""
-    for key in request.query_params:
+    for key, _ in _query_pairs(request.scope["query_string"]):
         raise InvalidConfig(f"#/{key[:64]}", "goes into the body; the query is for raw bodies")
 
 
+async def _off_the_loop(
+    size_bytes: int, function: Callable[P, T], *arguments: P.args, **keywords: P.kwargs
+) -> T:
+    """The result of a function that takes as long as the body is large; here if it is small, else on a thread."""
+    if size_bytes <= QUICK_BYTES:
+        return function(*arguments, **keywords)
+    return await asyncio.to_thread(function, *arguments, **keywords)
+
+
 async def _read_multipart(request: Request) -> Intake:
-    _refuse_charset(request)
-    try:
-        form = await request.form(
-            max_files=MAX_PARTS, max_fields=len(TEXT_PARTS) * 2, max_part_size=MAX_TEXT_BYTES
-        )
-    except HTTPException as error:
-        raise MalformedBody(f"the multipart body cannot be read: {error.detail}") from error
-    try:
-        return await _intake_of_form(form)
-    finally:
-        await form.close()
+    boundary = _boundary(request)
+    body = await request.body()
+    return _intake_of_form(await _off_the_loop(len(body), parse_form, body, boundary, FORM_LIMITS))
 
 
-async def _intake_of_form(form: FormData) -> Intake:
+def _boundary(request: Request) -> bytes:
+    """The boundary of a form. Charsets other than UTF-8 are refused: Python knows some that make no text."""
+    _, parameters = parse_options_header(request.headers.get("content-type"))
+    if parameters.get(b"charset", b"utf-8").lower() not in CHARSETS:
+        raise UnsupportedMedia("multipart bodies are served in the charset utf-8 only")
+    if b"boundary" not in parameters:
+        raise MalformedBody("the multipart body cannot be read: Missing boundary in multipart.")
+    return parameters[b"boundary"]
+
+
+def _intake_of_form(parts: list[FormPart]) -> Intake:
     images: list[bytes] = []
     tensors: list[bytes] = []
     texts: dict[str, str] = {}
-    for name, part in form.multi_items():
-        if name in ("image", "tensor"):
-            if part == "":  # an unfilled field of a form
-                continue
-            (images if name == "image" else tensors).append(await _file_of(name, part))
-        elif name not in TEXT_PARTS:
+    for part in parts:
+        if part.name in ("image", "tensor"):
+            if part.is_file or part.data:  # an unfilled field of a form is an empty text
+                (images if part.name == "image" else tensors).append(_file_of(part))
+        elif part.name not in TEXT_PARTS:
             known = ", ".join(("image", "tensor", *TEXT_PARTS))
-            raise InvalidConfig(f"#/{name[:64]}", f"unknown part; known: {known}")
-        elif name in texts:
-            raise InvalidConfig(f"#/{name}", "the part is there twice")
+            raise InvalidConfig(f"#/{part.name[:64]}", f"unknown part; known: {known}")
+        elif part.name in texts:
+            raise InvalidConfig(f"#/{part.name}", "the part is there twice")
         else:
-            texts[name] = await _text_of(name, part)
+            texts[part.name] = _text_of(part)
     if len(tensors) > 1:
         raise TooLarge(f"{len(tensors)} tensors exceed one in one request")
-    return Intake(parse_text_parts(texts), tuple(images), tensors[0] if tensors else None)
+    return Intake(_parameters(tuple(texts.items())), tuple(images), tensors[0] if tensors else None)
 
 
-async def _file_of(name: str, part: UploadFile | str) -> bytes:
-    if isinstance(part, str):
-        raise MalformedBody(f"the part {name} must be a file: curl -F {name}=@FILE")
-    return await part.read()
+def _file_of(part: FormPart) -> bytes:
+    if not part.is_file:
+        raise MalformedBody(f"the part {part.name} must be a file: curl -F {part.name}=@FILE")
+    return part.data
 
 
-async def _text_of(name: str, part: UploadFile | str) -> str:
-    if isinstance(part, str):
-        return part
-    data = await part.read(MAX_TEXT_BYTES + 1)
-    if len(data) > MAX_TEXT_BYTES:
-        raise TooLarge(f"the part {name} exceeds {MAX_TEXT_BYTES:,} bytes")
+def _text_of(part: FormPart) -> str:
+    if len(part.data) > MAX_TEXT_BYTES:
+        raise TooLarge(f"the part {part.name} exceeds {MAX_TEXT_BYTES:,} bytes")
     try:
-        return data.decode()
+        return part.data.decode()
     except UnicodeDecodeError as error:
-        raise MalformedBody(f"the part {name} is not text in UTF-8") from error
+        raise MalformedBody(f"the part {part.name} is not text in UTF-8") from error
+
+
+def _parameters(texts: tuple[tuple[str, str], ...]) -> FeatureRequest:
+    """The request that text parts or a query make."""
+    if sum(len(text) for _, text in texts) > KEPT_CHARS:
+        return parse_text_parts(dict(texts))
+    return _kept_parameters(texts)
+
+
+@lru_cache(maxsize=KEPT_PARAMETERS)
+def _kept_parameters(texts: tuple[tuple[str, str], ...]) -> FeatureRequest:
+    # Frozen, and nothing changes the configs in it: a plan is made from a copy.
+    return parse_text_parts(dict(texts))
 
 
 async def _read_json_body(request: Request) -> Intake:
     data = await request.body()
-    return await asyncio.to_thread(_intake_of_json, data)
+    return await _off_the_loop(len(data), _intake_of_json, data)
 
 
 def _intake_of_json(data: bytes) -> Intake:
@@ -157,22 +179,35 @@ def _image_of(image: ImageRef, index: int) -> bytes:
 
 
 async def _read_raw(request: Request) -> Intake:
-    parameters = parse_text_parts(_single_values(request))
+    parameters = _parameters_of_query(request.scope["query_string"])
     body = await request.body()
     if media_type_of(request) in NPY_TYPES:
         return Intake(parameters, (), body)
     return Intake(parameters, (body,), None)
 
 
-def _single_values(request: Request) -> Mapping[str, str]:
+def _parameters_of_query(query: bytes) -> FeatureRequest:
+    return _read_query(query) if len(query) > KEPT_CHARS else _kept_query(query)
+
+
+@lru_cache(maxsize=KEPT_PARAMETERS)
+def _kept_query(query: bytes) -> FeatureRequest:
+    return _read_query(query)
+
+
+def _read_query(query: bytes) -> FeatureRequest:
     values: dict[str, str] = {}
-    for key, value in request.query_params.multi_items():
+    for key, value in _query_pairs(query):
         if key not in TEXT_PARTS:
             raise InvalidConfig(f"#/{key[:64]}", f"unknown key of the query; known: {', '.join(TEXT_PARTS)}")
         if key in values:
             raise InvalidConfig(f"#/{key}", "the key is there twice")
         values[key] = value
-    return values
+    return parse_text_parts(values)
+
+
+def _query_pairs(query: bytes) -> list[tuple[str, str]]:
+    return parse_qsl(query.decode("latin-1"), keep_blank_values=True) if query else []
 
 
 READERS: Mapping[str, Callable[[Request], Awaitable[Intake]]] = {

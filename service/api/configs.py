@@ -19,7 +19,8 @@ router = APIRouter(tags=["configs"], dependencies=[Depends(client)])
 @router.get("/configs", summary="List the named configs", responses=CONFIGS_REPLY, response_class=Response)
 async def get_configs(request: Request) -> Response:
     """The names that `backbone` may be instead of an object."""
-    names = await asyncio.to_thread(engine_of(request).planner.catalogue.names)
+    engine = await engine_of(request)
+    names = await asyncio.to_thread(engine.planner.catalogue.names)
     return json_reply({"configs": [{"name": name, "href": f"/configs/{name}"} for name in names]})
 
 
@@ -38,6 +39,7 @@ async def get_config(
     Of an OpenMMLab model's whole config that is its backbone, neck and preprocessing; `notes` say what is done
     differently here.
     """
-    config = await asyncio.to_thread(engine_of(request).planner.catalogue.load, name)
+    engine = await engine_of(request)
+    config = await asyncio.to_thread(engine.planner.catalogue.load, name)
     shown = {"name": config.name, "as_written": config.as_written, "resolved": config.resolved()}
     return json_reply({**shown, "notes": list(config.notes)} if config.notes else shown)

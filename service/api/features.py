@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from service.api.bodies import Intake, read_features_request
+from service.api.compression import coding_of
 from service.api.openapi import FEATURES_OPERATION, FEATURES_REPLY
+from service.api.reply import ChunkedReply
+from service.api.routes import LeanRoute
 from service.api.state import client, engine_of, while_connected
 from service.errors import TooLarge
-from service.protocol.encode import Chunk, EncodedReply, ReplyOptions, check_levels, encode, reply_bytes
+from service.protocol.coding import AS_IT_IS, IDENTITY
+from service.protocol.encode import (
+    EncodedReply,
+    ReplyOptions,
+    check_levels,
+    encode,
+    is_quick,
+    reply_bytes,
+)
 from service.protocol.negotiate import JSON, negotiate
 from service.protocol.reply import FeatureReply
-from service.runtime.engine import Engine, Shapes
-from service.runtime.query import FeatureQuery
 
-router = APIRouter(tags=["features"])
+if TYPE_CHECKING:
+    from service.runtime.engine import Engine, Shapes
+    from service.runtime.query import FeatureQuery
+
+VARY = "Accept, Accept-Encoding"
+router = APIRouter(tags=["features"], route_class=LeanRoute)
 
 
 @router.post(
     "/features",
     summary="Compute the features of images",
-    dependencies=[Depends(client)],
     openapi_extra=FEATURES_OPERATION,
     responses=FEATURES_REPLY,
     response_class=Response,
@@ -35,7 +49,8 @@ async def post_features(request: Request) -> Response:
     Send the image as a multipart part, as base64 in JSON, or as the raw body with the rest in the query;
     `Accept` chooses the form of the reply.
     """
-    engine = engine_of(request)
+    await client(request)
+    engine = await engine_of(request)
     media_type = negotiate(request.headers.get("accept"))
     intake = await read_features_request(request, engine.settings)
     return await while_connected(
@@ -54,7 +69,8 @@ async def _answer(
     request: Request, engine: Engine, intake: Intake, media_type: str, options: ReplyOptions
 ) -> Response:
     prepared = await engine.prepare(_query(intake), extra=f"{media_type} {options}")
-    headers = {"ETag": f'W/"{prepared.fingerprint}"', "X-Model-ID": prepared.model_id, "Vary": "Accept"}
+    # Weak: replies that are equal by their tag may differ in their timings and in their content coding.
+    headers = {"ETag": f'W/"{prepared.fingerprint}"', "X-Model-ID": prepared.model_id, "Vary": VARY}
     if _matches(request.headers.get("if-none-match"), prepared.fingerprint):
         return Response(status_code=304, headers=headers)
 
@@ -66,12 +82,28 @@ async def _answer(
             raise TooLarge(f"the reply would be about {expected:,} bytes; the limit is {limit:,}")
 
     reply = await engine.extract(prepared, refuse_reply)
-    encoded = await engine.encode(lambda: encode(media_type, reply, options))
-    headers |= {"Server-Timing": _server_timing(reply, encoded), "Content-Length": str(encoded.size)}
-    return StreamingResponse(_chunks(encoded), headers={**headers, **encoded.headers}, media_type=media_type)
+    encoded = await _encoded(request, engine, reply, media_type, options)
+    headers |= {"Server-Timing": _server_timing(reply, encoded), **encoded.headers}
+    if encoded.coding != IDENTITY:
+        headers["Content-Encoding"] = encoded.coding
+    return ChunkedReply(encoded.chunks, headers, media_type)
+
+
+async def _encoded(
+    request: Request, engine: Engine, reply: FeatureReply, media_type: str, options: ReplyOptions
+) -> EncodedReply:
+    """The body: made here where that takes less than handing it to a thread, which else compresses it too."""
+    accepted = coding_of(request)
+    # Every HTTP library sends `gzip, deflate` unasked: to take it for a wish would double the time of most replies.
+    coding = AS_IT_IS if accepted.is_habit else accepted
+    if coding == AS_IT_IS and is_quick(media_type, reply, options):
+        return encode(media_type, reply, options)
+    return await engine.encode(lambda: encode(media_type, reply, options, coding))
 
 
 def _query(intake: Intake) -> FeatureQuery:
+    from service.runtime.query import FeatureQuery  # with torch, which the engine has imported by now
+
     asked = intake.parameters
     return FeatureQuery(
         backbone=asked.backbone,
@@ -97,9 +129,3 @@ def _matches(if_none_match: str | None, fingerprint: str) -> bool:
 def _server_timing(reply: FeatureReply, encoded: EncodedReply) -> str:
     stages = {**reply.timings.describe(), "encode": encoded.encode_ms}
     return ", ".join(f"{stage};dur={elapsed_ms:.2f}" for stage, elapsed_ms in stages.items())
-
-
-async def _chunks(encoded: EncodedReply) -> AsyncIterator[Chunk]:
-    """The body in pieces, views of the arrays where it is tensors."""
-    for chunk in encoded.chunks:
-        yield chunk

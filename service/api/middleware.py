@@ -9,6 +9,7 @@ import time
 from collections.abc import MutableMapping
 from typing import Any
 
+from prometheus_client import Counter, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import problem_response
@@ -27,6 +28,7 @@ class ServiceMiddleware:
         self._app = app
         self._max_body_bytes = max_body_bytes
         self._metrics = metrics
+        self._known_counters: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -55,8 +57,9 @@ class ServiceMiddleware:
 
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
-        self._metrics.requests.labels(route, str(status)).inc()
-        self._metrics.request_seconds.labels(route).observe(seconds)
+        count, duration = self._counters(route, status)
+        count.inc()
+        duration.observe(seconds)
         access_log.info(
             "%s %s %d %.1fms",
             scope["method"],
@@ -65,6 +68,15 @@ class ServiceMiddleware:
             seconds * 1000,
             extra={"request_id": scope["request_id"]},
         )
+
+    def _counters(self, route: str, status: int) -> tuple[Counter, Histogram]:
+        """The two of a route and a status; they are found once, for looking them up takes longer than counting."""
+        known = self._known_counters.get((route, status))
+        if known is None:
+            metrics = self._metrics
+            known = metrics.requests.labels(route, str(status)), metrics.request_seconds.labels(route)
+            self._known_counters[route, status] = known
+        return known
 
 
 class _Exchange:
@@ -82,8 +94,7 @@ class _Exchange:
 
     def refused_unread(self) -> ServiceError | None:
         """What the headers alone, or a shutdown under way, rule out."""
-        engine = getattr(self.scope["app"].state, "engine", None)
-        if engine is not None and engine.draining and self.scope["path"] not in PROBES:
+        if self.scope["app"].state.startup.refuses and self.scope["path"] not in PROBES:
             return Draining("the service is shutting down")
         declared = _header(self.scope, b"content-length")
         if declared.isdigit() and int(declared) > self._max_body_bytes:

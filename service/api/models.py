@@ -25,7 +25,7 @@ router = APIRouter(tags=["models"])
 )
 async def get_models(request: Request) -> Response:
     """What is loaded, what it takes and when it was last used; downloads and loads under way; the budget."""
-    return json_reply(engine_of(request).model_list())
+    return json_reply((await engine_of(request)).model_list())
 
 
 @router.post(
@@ -40,7 +40,8 @@ async def get_models(request: Request) -> Response:
 async def post_models(request: Request) -> Response:
     """Load and warm what a config builds; 201 when it is there, 200 when it already was."""
     body = await read_json_object(request, ("backbone", "neck", "preprocess"), required="backbone")
-    entry, fresh = await engine_of(request).load(body["backbone"], body.get("neck"), body.get("preprocess"))
+    engine = await engine_of(request)
+    entry, fresh = await engine.load(body["backbone"], body.get("neck"), body.get("preprocess"))
     return json_reply(
         entry, 201 if fresh else 200, {"Location": f"/models/{entry['id']}", "X-Model-ID": entry["id"]}
     )
@@ -64,5 +65,5 @@ async def delete_model(
     ],
 ) -> Response:
     """Unload a model: at once, or with the request that uses it last."""
-    gone = engine_of(request).cache.unload(id)
+    gone = (await engine_of(request)).networks.unload(id)
     return json_reply({"id": id, "state": "unloaded" if gone else "unloading"}, 200 if gone else 202)

@@ -80,8 +80,8 @@ NECK: Spec = {
 }
 PREPROCESS: Spec = {
     "description": "How images become tensors: a mode (`crop`, `resize`, `native`), or an object with `mode`, `size`, "
-    "`crop_pct`, `interpolation`, `mean`, `std`, `channel_order`, `size_divisor`; OpenMMLab's `data_preprocessor` "
-    "and detectron2's `pixel_mean` are understood. Default: the checkpoint's own, else ImageNet's.",
+    "`crop_pct`, `interpolation`, `mean`, `std`, `channel_order`, `size_divisor`, `fast_decode`; OpenMMLab's "
+    "`data_preprocessor` and detectron2's `pixel_mean` are understood. Default: the checkpoint's own, else ImageNet's.",
     "oneOf": [{"type": "object"}, {"type": "string", "enum": ["crop", "resize", "native"]}],
 }
 COMPONENTS: Spec = {
@@ -270,6 +270,7 @@ FEATURES_EXAMPLE = {
         "std": [0.229, 0.224, 0.225],
         "channel_order": "rgb",
         "size_divisor": 1,
+        "fast_decode": False,
     },
 }
 MODEL_EXAMPLE = {
@@ -387,6 +388,10 @@ FEATURES_REPLY: Responses = {
             "ETag": {"schema": {"type": "string"}, "description": "send it as If-None-Match"},
             "X-Model-ID": {"schema": {"type": "string"}},
             "Server-Timing": {"schema": {"type": "string"}, "description": "milliseconds by stage"},
+            "Content-Encoding": {
+                "schema": {"type": "string", "enum": ["zstd", "gzip"]},
+                "description": "where Accept-Encoding asks for it otherwise than HTTP libraries do unasked",
+            },
         },
         "content": {
             "application/json": {"schema": {"type": "object"}, "example": FEATURES_EXAMPLE},

@@ -14,6 +14,8 @@ from types import FrameType
 import uvicorn
 
 from service.api.app import create_app
+from service.api.startup import Startup
+from service.errors import CannotStart
 from service.settings import Settings
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -28,8 +30,9 @@ class DrainingServer(uvicorn.Server):
     process at once.
     """
 
-    def __init__(self, config: uvicorn.Config, drain_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, startup: Startup, drain_s: float) -> None:
         super().__init__(config)
+        self._startup = startup
         self._drain_s = drain_s
         self._drain_until = math.inf
         self._is_told = False
@@ -43,9 +46,7 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; the next signal is the system's to handle, whatever this process is busy with."""
-        engine = getattr(self.config.app.state, "engine", None)  # type: ignore[union-attr]  # ours is always an app
-        if engine is not None:
-            engine.draining = True
+        self._startup.drain()
         self._drain_until = time.monotonic() + self._drain_s
         for stop_signal in STOP_SIGNALS:
             signal.signal(stop_signal, signal.SIG_DFL)
@@ -53,9 +54,11 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to leave the main loop: told to stop, and nothing in flight or no time left for it."""
+        self.should_exit = self.should_exit or self._startup.failure is not None
         stopping = await super().on_tick(counter)
         if stopping and not self._is_told:  # a signal handler must not log
             self._is_told = True
+            self._startup.give_up()
             log.info("draining: requests in flight have %g s", self._drain_s)
         in_flight = bool(self.server_state.tasks)
         return stopping and not (in_flight and time.monotonic() < self._drain_until)
@@ -68,9 +71,11 @@ class DrainingServer(uvicorn.Server):
 
 
 def run_server(settings: Settings) -> int:
-    """Serve until told to stop; the exit status."""
+    """Serve until told to stop, or until it turns out that it cannot be started; the exit status."""
+    app = create_app(settings)
+    startup: Startup = app.state.startup
     config = uvicorn.Config(
-        create_app(settings),
+        app,
         host=settings.host,
         port=settings.port,
         log_level="info",
@@ -79,9 +84,11 @@ def run_server(settings: Settings) -> int:
         timeout_keep_alive=15,
         h11_max_incomplete_event_size=64 * 1024,
     )
-    server = DrainingServer(config, settings.drain_seconds)
+    server = DrainingServer(config, startup, settings.drain_seconds)
     try:
         server.run()
     except SystemExit:  # uvicorn has said why: the address is taken
         return 1
+    if startup.failure is not None:
+        return 2 if isinstance(startup.failure, CannotStart) else 1
     return 0 if server.started else 1

@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
 from service.api.access import Access
-from service.runtime.engine import Engine
+from service.api.startup import Startup
+
+if TYPE_CHECKING:
+    from service.runtime.engine import Engine
 
 T = TypeVar("T")
 
 
-def engine_of(request: Request) -> Engine:
-    """The engine of the app that serves this request."""
-    engine: Engine = request.app.state.engine
-    return engine
+def startup_of(request: Request) -> Startup:
+    """The engine's making, for what does not wait for the engine."""
+    startup: Startup = request.app.state.startup
+    return startup
+
+
+async def engine_of(request: Request) -> Engine:
+    """The engine of the app that serves this request; who comes before it waits for it.
+
+    Raises:
+        Starting, Draining, Unavailable: as for `Startup.engine`.
+    """
+    startup = startup_of(request)
+    return startup.now or await startup.engine()
 
 
 def access_of(request: Request) -> Access:
@@ -42,17 +55,39 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
     Raises:
         ClientDisconnect: the client left first.
     """
-    task = asyncio.ensure_future(work)
+    watch = _Watch()
     leaving = asyncio.ensure_future(_left(request))
+    leaving.add_done_callback(watch.on_left)
     try:
-        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
+        return await work
+    except asyncio.CancelledError as error:
+        if watch.ended_it():
+            raise ClientDisconnect from error
+        raise
     finally:
-        for pending in (task, leaving):
-            pending.cancel()
-        await asyncio.gather(task, leaving, return_exceptions=True)
+        leaving.remove_done_callback(watch.on_left)
+        leaving.cancel()
+
+
+class _Watch:
+    """Cancels the task that made it once a client has left, as `asyncio.timeout` does when time is up."""
+
+    def __init__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._cancelled_before = task.cancelling()
+        self._has_left = False
+
+    def on_left(self, leaving: asyncio.Future[None]) -> None:
+        """The client is gone; what waits for its answer need not."""
+        if not leaving.cancelled():
+            self._has_left = True
+            self._task.cancel()
+
+    def ended_it(self) -> bool:
+        """Whether the task was cancelled for this reason and no other."""
+        return self._has_left and self._task.uncancel() <= self._cancelled_before
 
 
 async def _left(request: Request) -> None:

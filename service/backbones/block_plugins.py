@@ -143,7 +143,7 @@ class GeneralizedAttention(BlockPlugin):
 
     def _heads(self, maps: Tensor) -> Tensor:
         """[n, heads * width, h, w] to [n, heads, h * w, width]."""
-        return maps.reshape(len(maps), self.spec.heads, self.width, -1).transpose(2, 3)
+        return maps.reshape(maps.shape[0], self.spec.heads, self.width, -1).transpose(2, 3)
 
     def _asks(self, query: Tensor | None, bias: Tensor | None) -> Tensor:
         """What is multiplied with keys or places: a query, the same for all queries, or their sum."""
@@ -156,7 +156,7 @@ class GeneralizedAttention(BlockPlugin):
         """Scores [n, heads, queries, keys], not scaled."""
         content, place, key_only, place_only = self.spec.terms
         sides, key_sides = asking.shape[2:], asked.shape[2:]
-        shape = (len(asking), self.spec.heads, math.prod(sides), math.prod(key_sides))
+        shape = (asking.shape[0], self.spec.heads, math.prod(sides), math.prod(key_sides))
         query = self._heads(self.query_conv(asking)) if content or place else None
         energy = asking.new_zeros(shape)
         if content or key_only:
@@ -256,7 +256,7 @@ class NonLocal2d(BlockPlugin):
         values = self.g(maps).flatten(2).transpose(1, 2)
         asking = (maps if self.spec.mode == "gaussian" else self.theta(maps)).flatten(2).transpose(1, 2)
         found = self._weights(asking, self.phi(maps).flatten(2)) @ values
-        added: Tensor = self.conv_out(found.transpose(1, 2).reshape(len(maps), -1, *maps.shape[2:]))
+        added: Tensor = self.conv_out(found.transpose(1, 2).reshape(maps.shape[0], -1, *maps.shape[2:]))
         return maps + added
 
     def _weights(self, asking: Tensor, asked: Tensor) -> Tensor:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from service.backbones.base import Backbone
+from service.backbones.shapes import ShapeRules
 from service.config.spec import Description, FeatureInfo, PreprocessDefaults
 
 N = TypeVar("N", bound=nn.Module)
@@ -28,41 +28,8 @@ CONSTRUCTOR_ERRORS = (
 
 def on_meta(make: Callable[[], N]) -> N:
     """The network without memory: shapes and names only."""
-    with torch.device("meta"):
+    with torch.device("meta"), ShapeRules():
         return make()
-
-
-@contextmanager
-def shapes_only() -> Iterator[None]:
-    """A context in which networks on the meta device are run for the shapes of what they give."""
-    with torch.inference_mode(), torch.device("meta"), _ShapesOnly():
-        yield
-
-
-class _ShapesOnly(TorchFunctionMode):
-    """Skips what torch works out in Python on the meta device, and what takes most of the time there.
-
-    These leave the shape as it is. Memory is laid out as the real ones do it.
-    """
-
-    LAYOUTS: ClassVar[Mapping[Any, torch.memory_format]] = {
-        nn.functional.batch_norm: torch.preserve_format,
-        nn.functional.gelu: torch.preserve_format,
-        nn.functional.relu: torch.preserve_format,
-        nn.functional.group_norm: torch.contiguous_format,
-        torch.group_norm: torch.contiguous_format,
-        nn.functional.layer_norm: torch.contiguous_format,
-    }
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        layout = self.LAYOUTS.get(func)
-        if layout is None or not args or not isinstance(args[0], Tensor) or not args[0].is_meta:
-            return func(*args, **(kwargs or {}))  # torch.fx traces with what is no tensor
-        if func is nn.functional.layer_norm and tuple(args[0].shape[-len(args[1]) :]) != tuple(args[1]):
-            return func(*args, **(kwargs or {}))  # says what is wrong
-        return torch.empty_like(args[0], memory_format=layout)
 
 
 def unset(make: Callable[[], N]) -> N:
@@ -70,18 +37,35 @@ def unset(make: Callable[[], N]) -> N:
 
     The counters of batch norms, which checkpoints may leave out, are set to 0.
     """
-    network = on_meta(make).to_empty(device=torch.get_default_device())
+    network = on_meta(make)
+    device = torch.get_default_device()
+    if device.type == "meta":
+        return network
+    with _PlainMemory():
+        network = network.to_empty(device=device)
     for name, buffer in network.named_buffers():
         if name.endswith("num_batches_tracked"):
             buffer.zero_()
     return network
 
 
+class _PlainMemory(TorchFunctionMode):
+    """Memory for what is on the meta device without torch's description of it in Python, which imports sympy."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.empty_like and args[0].is_meta and set(kwargs or ()) == {"device"}:
+            like: Tensor = args[0]
+            return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
 def initialised(make: Callable[[], N]) -> N:
     """The network on the default device as its constructor initialises it; on the meta device there is nothing to."""
     if torch.get_default_device().type != "meta":
         return make()
-    with SkipInitialisers():
+    with ShapeRules(), SkipInitialisers():
         return make()
 
 

@@ -71,7 +71,9 @@ class WindowAttention(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """[n * windows, window², c] to the same shape."""
         n, length, _ = tokens.shape
-        query, key, value = self.qkv(tokens).reshape(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        query, key, value = (
+            self.qkv(tokens).reshape(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        )
         mixed = self.mix(query, key, value, mask)
         projected: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
         return projected

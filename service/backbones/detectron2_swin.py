@@ -36,9 +36,7 @@ from service.backbones.swin import (
     Width,
     Window,
     WindowAttention,
-    cut_windows,
-    join_windows,
-    shift_mask,
+    attend_in_windows,
     stage_faults,
 )
 from service.backbones.vitdet_layers import FeedForward, Size
@@ -66,21 +64,10 @@ class Block(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """[n, h, w, c] to the same shape."""
-        maps = maps + self._attended(self.norm1(maps))
+        # Maps of any size are padded, and shifted where blocks are.
+        maps = maps + attend_in_windows(self.norm1(maps), self.window, self.shift, self.attn)
         mixed: Tensor = maps + self.mlp(self.norm2(maps))
         return mixed
-
-    def _attended(self, maps: Tensor) -> Tensor:
-        """Maps of any size are padded, and shifted where blocks are."""
-        height, width = maps.shape[1:3]
-        window, shift = self.window, self.shift
-        padded = F.pad(maps, (0, 0, 0, -width % window, 0, -height % window))
-        rows, columns = padded.shape[1:3]
-        mask = shift_mask(rows, columns, window, shift, like=maps) if shift else None
-        rolled = padded.roll((-shift, -shift), (1, 2)) if shift else padded
-        mixed = join_windows(self.attn(cut_windows(rolled, window), mask), rows, columns)
-        back = mixed.roll((shift, shift), (1, 2)) if shift else mixed
-        return back[:, :height, :width]
 
 
 class PatchMerging(nn.Module):

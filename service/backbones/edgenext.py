@@ -18,6 +18,7 @@ from service.backbones.freezing import in_module_order, is_under, norm_names
 from service.backbones.norms import Eps
 from service.backbones.openmmlab import ActivationConfig, Scale, SpecConfig, make_family, named_arch
 from service.backbones.output_norms import asked_stages, may_lack_output_norms
+from service.backbones.tracing import is_tracing
 from service.config.spec import Description, Freeze, FreezeReport, Level
 
 if TYPE_CHECKING:
@@ -95,7 +96,9 @@ class FourierPositions(nn.Module):
         rows, columns = (self._waves(side, maps) for side in maps.shape[2:])
         size = (-1, *maps.shape[2:])
         waves = torch.cat((rows[:, :, None].expand(size), columns[:, None, :].expand(size)))
-        projected: Tensor = self.proj(waves[None].to(maps.dtype))
+        # OpenVINO adds within the convolution, and would take what is added to for one image as well.
+        images = maps.shape[0] if is_tracing() else 1
+        projected: Tensor = self.proj(waves.expand(images, -1, -1, -1).to(maps.dtype))
         return projected
 
     @staticmethod
@@ -125,7 +128,9 @@ class ChannelAttention(Scale):
     def forward(self, tokens: Tensor) -> Tensor:
         """[n, l, c] to the same shape."""
         n, length, width = tokens.shape
-        query, key, value = self.qkv(tokens).reshape(n, length, 3, self.heads, -1).permute(2, 0, 3, 4, 1)
+        query, key, value = (
+            self.qkv(tokens).reshape(n, length, 3, self.heads, -1).permute(2, 0, 3, 4, 1).unbind(0)
+        )
         cosines = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).transpose(-2, -1)
         mixed = (cosines * self.scale).softmax(dim=-1) @ value
         projected: Tensor = self.proj(mixed.permute(0, 3, 1, 2).reshape(n, length, width))

@@ -132,7 +132,9 @@ class Attention(Scale, Computed):
     def forward(self, tokens: Tensor) -> Tensor:
         """[n, l, c] to the same shape."""
         n, length, width = tokens.shape
-        query, key, value = self.qkv(tokens).reshape(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        query, key, value = (
+            self.qkv(tokens).reshape(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        )
         mixed = F.scaled_dot_product_attention(
             query, key, value, attn_mask=self._biases(query), scale=self.scale
         )

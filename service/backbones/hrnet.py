@@ -126,10 +126,10 @@ class Exchange(nn.Module):
             for target in range(outputs)
         )
 
-    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """A map a branch to a map an output."""
+    def forward(self, maps: Sequence[Tensor], targets: Sequence[int] | None = None) -> list[Tensor]:
+        """A map a branch to a map an output, or to the outputs in `targets` only."""
         maps = [branch(one) for branch, one in zip(self.branches, maps, strict=True)]
-        return [self._fused(target, maps) for target in range(len(self.fuse_layers))]
+        return [self._fused(target, maps) for target in targets or range(len(self.fuse_layers))]
 
     def _fused(self, target: int, maps: Sequence[Tensor]) -> Tensor:
         size = maps[target].shape[-2:]
@@ -211,15 +211,18 @@ class HRNet(Backbone):
         maps = images
         for i, name in enumerate(self.norm_names, start=1):
             maps = F.relu(getattr(self, name)(getattr(self, f"conv{i}")(maps)))
-        branches = [self.layer1(maps)]
+        branches, wanted = [self.layer1(maps)], sorted({int(node) for node in nodes})
         for number in range(2, self.count + 1):
             transition = self.get_submodule(f"transition{number - 1}")
             branches = [
                 step(branches[min(branch, len(branches) - 1)])
                 for branch, step in enumerate(transition.children())
             ]
-            branches = getattr(self, f"stage{number}")(branches)
-        return {node: branches[int(node)] for node in nodes}
+            *inner, last = self.get_submodule(f"stage{number}").children()
+            for exchange in inner:
+                branches = exchange(branches)
+            branches = last(branches, wanted if number == self.count else None)
+        return {str(index): branch for index, branch in zip(wanted, branches, strict=True)}
 
     def frozen(self, freeze: Freeze) -> FreezeReport:
         """HRNet has no `frozen_stages`; `norm_eval` holds, and `norm_cfg` where it reaches."""

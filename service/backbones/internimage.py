@@ -110,11 +110,12 @@ def sample_and_sum(maps: Tensor, offsets: Tensor, weights: Tensor, offset_scale:
     sources = maps.float().permute(0, 3, 1, 2).reshape(n * groups, channels // groups, height, width)
     offsets = offsets.float().permute(4, 0, 3, 1, 2, 5).flatten(1, 2)
     shares = weights.float().permute(4, 0, 3, 1, 2).flatten(1, 2)
-    size = torch.tensor((width, height), device=maps.device)
     down, right = torch.meshgrid(
         torch.arange(height, device=maps.device), torch.arange(width, device=maps.device), indexing="ij"
     )
     places = torch.stack((right, down), dim=-1)
+    # Width and height, as numbers of the map that a trace does not take for constants.
+    size = places[-1, -1] + 1
     summed = torch.zeros_like(sources)
     # One point at a time: all nine at once would take nine times the map's memory.
     for point in range(POINTS):

@@ -117,7 +117,7 @@ class Block(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         """[n, h, w, c] to the same shape."""
         windows = self.attn(cut_windows(self.ln1(maps), self.window), None)
-        maps = maps + join_windows(windows, maps.shape[1], maps.shape[2])
+        maps = maps + join_windows(windows, self.window, maps.shape[1], maps.shape[2])
         mixed: Tensor = maps + self.ffn(self.ln2(maps))
         return mixed
 

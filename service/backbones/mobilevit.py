@@ -31,6 +31,7 @@ from service.backbones.openmmlab import (
     norm_fault,
     pads_same,
 )
+from service.backbones.tracing import ceil_div, is_known
 from service.backbones.vision_transformer import MAX_PATCHES, Size, TransformerLayer, VisionTransformerSpec
 from service.checkpoints.layouts import KeyLayout, KeyRule, Naming, below, rules
 from service.config.spec import Description, FeatureInfo, Freeze, FreezeReport, Level
@@ -120,17 +121,18 @@ class MobileViTBlock(nn.Module):
 
     def _among_patches(self, maps: Tensor) -> Tensor:
         n, channels, *size = maps.shape
-        rows, columns = (math.ceil(side / PATCH) for side in size)
+        rows, columns = (ceil_div(side, PATCH) for side in size)
         if rows * columns > MAX_PATCHES:
             raise TooLarge(f"{rows * columns} patches of a map; the limit is {MAX_PATCHES}")
         whole = [rows * PATCH, columns * PATCH]
-        if size != whole:
+        fits = is_known(size, whole)
+        if not fits:
             maps = F.interpolate(maps, size=whole, mode="bilinear", align_corners=False)
         cut = maps.reshape(n, channels, rows, PATCH, columns, PATCH).permute(0, 3, 5, 2, 4, 1)
         mixed = self.global_rep(cut.reshape(n * PATCH**2, rows * columns, channels))
         joined: Tensor = mixed.reshape(n, PATCH, PATCH, rows, columns, channels).permute(0, 5, 3, 1, 4, 2)
         joined = joined.reshape(n, channels, *whole)
-        if size != whole:
+        if not fits:
             joined = F.interpolate(joined, size=size, mode="bilinear", align_corners=False)
         return joined
 

@@ -24,6 +24,7 @@ from service.backbones.norms import LayerNormConfig
 from service.backbones.openmmlab import Scale, SpecConfig, make_family, map_features, named_arch
 from service.backbones.output_norms import asked_stages, may_lack_output_norms, without_output_norms
 from service.backbones.poolformer import PatchSpec
+from service.backbones.tracing import is_known
 from service.backbones.vision_transformer import MAX_PATCHES, Interpolation, resize_pos_embed
 from service.checkpoints.layouts import KeyLayout, KeyRule, Naming, below, rules
 from service.config.spec import Description, FeatureInfo, Freeze, FreezeReport, Level, PreprocessDefaults
@@ -142,7 +143,7 @@ def relative_positions(table: Tensor, queries: int, keys: int) -> Tensor:
     The coarser of queries and keys is taken to lie on the grid of the finer.
     """
     distances = 2 * max(queries, keys) - 1
-    if table.shape[0] != distances:
+    if not is_known((distances,), table.shape[:1]):
         resized = F.interpolate(table.float().t()[None], size=distances, mode="linear")
         table = resized[0].t().to(table.dtype)
     at_queries = torch.arange(queries, device=table.device)[:, None] * max(keys / queries, 1.0)
@@ -189,7 +190,7 @@ class Attention(Scale):
             TooLarge: more biases than are held at once.
         """
         n, length, _ = tokens.shape
-        parts = self.qkv(tokens).reshape(n, length, 3, self.heads, -1).permute(2, 0, 3, 4, 1)
+        parts = self.qkv(tokens).reshape(n, length, 3, self.heads, -1).permute(2, 0, 3, 4, 1).unbind(0)
         (query, pooled), (key, keys), (value, _) = (
             self._pooled(part, name, grid) for part, name in zip(parts, "qkv", strict=True)
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +16,7 @@ from service.backbones import building
 from service.backbones.base import Backbone, BackboneConfig, Family, Indices, levels_by_index
 from service.backbones.freezing import freeze_report, in_module_order, is_under
 from service.backbones.norms import NORMS, NormConfig, NormSpec, make_norm
+from service.backbones.tracing import at_least_zero, ceil_div
 from service.checkpoints.layouts import Naming
 from service.checkpoints.load import load_strict, never
 from service.config.spec import (
@@ -116,7 +116,7 @@ class SamePadConv2d(nn.Conv2d):
 
     def _padding_of(self, axis: int, size: int) -> int:
         stride, reach = self.stride[axis], self.dilation[axis] * (self.kernel_size[axis] - 1) + 1
-        return max((math.ceil(size / stride) - 1) * stride + reach - size, 0)
+        return at_least_zero((ceil_div(size, stride) - 1) * stride + reach - size)
 
 
 class ConvModule(nn.Module):

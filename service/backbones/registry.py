@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 
 from rapidfuzz import process
 
-from service.errors import InvalidConfig, UnknownBackbone
+from service.errors import CannotStart, InvalidConfig, UnknownBackbone
 
 ENTRY_POINT_GROUP = "backbone_service.backbones"
 FIRST_SCOPE = "mmpretrain"
@@ -85,7 +85,7 @@ class Registry(Generic[F]):
         for name in (entry.type, *entry.aliases):
             if name in self._names:
                 first, second = self._names[name].family, entry.family
-                raise ValueError(f"{self._noun} {name} is registered twice: as {first} and as {second}")
+                raise CannotStart(f"{self._noun} {name} is registered twice: as {first} and as {second}")
             self._names[name] = entry
         self._entries[entry.type] = entry
 
@@ -175,7 +175,7 @@ def _third_party(group: str | None) -> list[TypeEntry]:
 def _foreign_entry(point: EntryPoint) -> TypeEntry:
     if len(point.name) > MAX_TYPE_LENGTH or not SCOPED_NAME.fullmatch(point.name):
         name = point.name[:MAX_TYPE_LENGTH]
-        raise ValueError(f"{name!r} of {point.value} is no name of a type; one is written scope.Name")
+        raise CannotStart(f"{name!r} of {point.value} is no name of a type; one is written scope.Name")
     return TypeEntry(point.name, point.value, _distribution(point), is_foreign=True)
 
 

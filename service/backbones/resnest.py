@@ -76,7 +76,7 @@ class SplitAttention(nn.Module):
         if self.radix == 1:
             return torch.sigmoid(scores).unsqueeze(1)
         # fc2 is grouped, so that its channels are (groups, radix, c / groups).
-        by_group = scores.reshape(len(scores), self.groups, self.radix, -1, 1, 1).transpose(1, 2)
+        by_group = scores.reshape(scores.shape[0], self.groups, self.radix, -1, 1, 1).transpose(1, 2)
         return by_group.softmax(dim=1).flatten(2, 3)
 
 

@@ -133,14 +133,16 @@ def relative_position_index(window: int) -> Tensor:
 
 def shift_mask(height: int, width: int, window: int, shift: int, *, like: Tensor) -> Tensor:
     """[windows, 1, window², window²]: what is added where a shifted window holds parts from opposite edges."""
-    parts = torch.zeros(height, width, device=like.device)
-    for index, end in enumerate((height - window, height - shift)):
-        parts[end:] = 3 * (index + 1)
-    for index, end in enumerate((width - window, width - shift)):
-        parts[:, end:] = parts[:, :1] + index + 1
-    windows = cut_windows(parts[None, :, :, None], window).squeeze(-1)
+    down, right = (_parts(side, window, shift, like.device) for side in (height, width))
+    windows = cut_windows((3 * down[:, None] + right)[None, :, :, None], window).squeeze(-1)
     differs = windows[:, :, None] != windows[:, None, :]
     return differs.to(like.dtype).mul(HIDDEN)[:, None]
+
+
+def _parts(side: int, window: int, shift: int, device: torch.device) -> Tensor:
+    """[side]: 0, and 1 in the last window, and 2 for what is shifted into it from the opposite edge."""
+    places = torch.arange(side, device=device)
+    return (places >= side - window).int() + (places >= side - shift).int()
 
 
 def cut_windows(maps: Tensor, window: int) -> Tensor:
@@ -150,11 +152,31 @@ def cut_windows(maps: Tensor, window: int) -> Tensor:
     return cut.transpose(2, 3).reshape(-1, window * window, channels)
 
 
-def join_windows(windows: Tensor, height: int, width: int) -> Tensor:
+def join_windows(windows: Tensor, window: int, height: int, width: int) -> Tensor:
     """[n * windows, window², c] back to [n, h, w, c]."""
-    side = round(windows.shape[1] ** 0.5)
-    cut = windows.reshape(-1, height // side, width // side, side, side, windows.shape[2])
+    cut = windows.reshape(-1, height // window, width // window, window, window, windows.shape[2])
     return cut.transpose(2, 3).reshape(-1, height, width, windows.shape[2])
+
+
+def attend_in_windows(maps: Tensor, window: int, shift: int, attention: nn.Module) -> Tensor:
+    """Attention in windows of a map, [n, h, w, c] to the same shape; pads right and bottom to whole windows.
+
+    Args:
+        maps: the map.
+        window: the side of a window.
+        shift: how far the windows are moved right and down, or 0; then nothing is hidden from anything.
+        attention: takes [n * windows, window², c] and what is added to hide positions from each other, or None.
+    """
+    height, width = maps.shape[1:3]
+    padded = F.pad(maps, (0, 0, 0, -width % window, 0, -height % window))
+    rows, columns = padded.shape[1:3]
+    if isinstance(shift, int) and shift == 0:
+        plain: Tensor = join_windows(attention(cut_windows(padded, window), None), window, rows, columns)
+        return plain[:, :height, :width]
+    mask = shift_mask(rows, columns, window, shift, like=maps)
+    rolled = padded.roll((-shift, -shift), (1, 2))
+    mixed = join_windows(attention(cut_windows(rolled, window), mask), window, rows, columns)
+    return mixed.roll((shift, shift), (1, 2))[:, :height, :width]
 
 
 class WindowAttention(Scale, Computed):
@@ -206,24 +228,24 @@ class ShiftedWindows(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         """[n, h, w, c] to the same shape."""
         height, width = maps.shape[1:3]
-        window, shift = self.spec.window, self._shift(min(height, width))
-        padded = F.pad(maps, (0, 0, 0, -width % window, 0, -height % window))
-        rows, columns = padded.shape[1:3]
-        mask = shift_mask(rows, columns, window, shift, like=maps) if shift else None
-        rolled = padded.roll((-shift, -shift), (1, 2)) if shift else padded
-        mixed = join_windows(self.w_msa(cut_windows(rolled, window), mask), rows, columns)
-        back = mixed.roll((shift, shift), (1, 2)) if shift else mixed
-        return back[:, :height, :width]
+        self._refuse_small(min(height, width))
+        return attend_in_windows(maps, self.spec.window, self._shift(height, width), self.w_msa)
 
-    def _shift(self, side: int) -> int:
-        """The shift for a map whose shorter side is `side`; the official code does not shift a single window."""
+    def _shift(self, height: int, width: int) -> int:
+        """The shift for a map of a size; the official code does not shift a single window."""
+        window = self.spec.window
+        if self.shift == 0 or self.spec.pads_small:
+            return self.shift
+        # Reckoned instead of chosen, so that a traced network still shifts where the map is larger.
+        return self.shift * ((height > window) & (width > window))
+
+    def _refuse_small(self, side: int) -> None:
         if side < self.spec.window and not self.spec.pads_small:
             detail = (
                 f"a map of {side} is smaller than the window of {self.spec.window}; "
                 "send larger images or set pad_small_map"
             )
             raise InvalidConfig("#/backbone/pad_small_map", detail)
-        return self.shift if side > self.spec.window or self.spec.pads_small else 0
 
 
 class FeedForward(nn.Module):

@@ -17,6 +17,7 @@ from service.backbones.freezing import freeze_report, norm_names
 from service.backbones.norms import LayerNormConfig
 from service.backbones.openmmlab import ActivationConfig, ActivationSpec, Computed, Scale, make_family
 from service.backbones.token_outputs import TokenConfig, parse_node, token_features, token_output
+from service.backbones.tracing import is_tracing
 from service.backbones.transformer_layers import FeedForward, by_head
 from service.backbones.vision_transformer import MAX_PATCHES, Interpolation, before, resize_pos_embed
 from service.config.spec import FeatureInfo, Freeze, FreezeReport, PreprocessDefaults
@@ -109,15 +110,16 @@ class Attention(nn.Module):
         """[n, l, inputs] to [n, l, c]."""
         qkv = self.qkv(tokens)
         query, key, value = (by_head(part, self.heads) for part in qkv.chunk(3, dim=-1))
-        # Image by image: the map of attention among the first tokens is large.
-        images = zip(*(part.chunk(len(tokens)) for part in (query, key, value)), strict=True)
+        # Image by image: the map of attention among the first tokens is large. A trace has no turns.
+        turns = 1 if is_tracing() else len(tokens)
+        images = zip(*(part.chunk(turns) for part in (query, key, value)), strict=True)
         mixed = torch.cat([attend(*parts) for parts in images])
         projected: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
         return qkv[..., -projected.shape[-1] :] + projected if self.adds_value else projected
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention of [1, heads, l, c], whose logits are multiplied by the root of c, to the same shape."""
+    """Attention of [n, heads, l, c], whose logits are multiplied by the root of c, to the same shape."""
     logits = query @ key.transpose(-2, -1) / query.shape[-1] ** -0.5
     mixed: Tensor = logits.softmax(dim=-1) @ value
     return mixed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -62,8 +63,6 @@ def _collect_getter(net: Any, images: Tensor, wanted: Sequence[int]) -> Maps:
 
 def _collect_efficientnet(net: Any, images: Tensor, wanted: Sequence[int]) -> Maps:
     """EfficientNetFeatures and MobileNetV3Features: a stem (stage 0) and stages of blocks."""
-    if net.feature_hooks is not None:
-        return _collect_hooked(net, images, wanted)
     index_of = {info["stage"]: info["index"] for info in net.feature_info.get_dicts()}
     current = net.bn1(net.conv_stem(images))
     if hasattr(net, "act1"):
@@ -78,14 +77,45 @@ def _collect_efficientnet(net: Any, images: Tensor, wanted: Sequence[int]) -> Ma
     return maps
 
 
+def _collect_hrnet(net: Any, images: Tensor, wanted: Sequence[int]) -> Maps:
+    """HighResolutionNetFeatures: the stem, or all branches and what widens those wanted."""
+    features = net.forward_intermediates(
+        images, indices=list(wanted), stop_early=True, intermediates_only=True
+    )
+    return dict(zip(wanted, features, strict=True))
+
+
+class _Reached(Exception):
+    """The deepest feature wanted is noted: the rest of the network need not run."""
+
+
+def _stop(*_: Any) -> None:
+    raise _Reached
+
+
 def _collect_hooked(net: Any, images: Tensor, wanted: Sequence[int]) -> Maps:
-    """FeatureHookNet: hooks note the features of a full pass."""
+    """FeatureHookNet: timm's hooks note the features of a pass, which ends at the deepest one wanted."""
+    names = {info["index"]: info["module"] for info in net.feature_info.get_dicts()}
     with _HOOKS:
-        return _collect_all(net, images, wanted)
+        # It runs after timm's own hook of the module, which notes what the module gives.
+        handle = _hooked_module(net, names[wanted[-1]]).register_forward_hook(_stop)
+        try:
+            with suppress(_Reached):
+                net(images)
+        finally:
+            handle.remove()
+            noted = net.hooks.get_output(images.device)
+    return {index: _channels_first(net, noted[names[index]]) for index in wanted}
+
+
+def _hooked_module(net: nn.Module, name: str) -> nn.Module:
+    """The module that timm calls so: in the model as it was, or in one whose `blocks.0` has become `blocks_0`."""
+    whole = dict(net.named_children()).get("body")
+    return net.get_submodule(name.replace(".", "_", 1)) if whole is None else whole.get_submodule(name)
 
 
 def _collect_all(net: Any, images: Tensor, wanted: Sequence[int]) -> Maps:
-    """Any other wrapper (HRNet): every feature is computed, in the order of the indices."""
+    """Any other wrapper: every feature is computed, in the order of the indices."""
     features = dict(zip(net.feature_info.out_indices, net(images), strict=True))
     return {index: _channels_first(net, features[index]) for index in wanted}
 
@@ -101,4 +131,5 @@ COLLECTORS: Mapping[str, Callable[[Any, Tensor, Sequence[int]], Maps]] = {
     "EfficientNetFeatures": _collect_efficientnet,
     "MobileNetV3Features": _collect_efficientnet,
     "FeatureHookNet": _collect_hooked,
+    "HighResolutionNetFeatures": _collect_hrnet,
 }

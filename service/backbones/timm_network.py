@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from service.backbones import dependencies
 from service.backbones.base import Backbone
-from service.backbones.building import SkipInitialisers, shapes_only
+from service.backbones.building import SkipInitialisers
 from service.backbones.freezing import norm_names
 from service.backbones.norms import BATCH_NORMS
+from service.backbones.shapes import shapes_only
 from service.backbones.tables import timm_models
 from service.backbones.timm_creation import CONSTRUCTOR_ERRORS, Architecture, Capture, create, refusal
 from service.backbones.timm_forward import collect, unpooled

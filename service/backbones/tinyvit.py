@@ -223,7 +223,7 @@ class AttentionBlock(nn.Module):
         height, width = tokens.shape[1:3]
         padded = F.pad(tokens, (0, 0, 0, -width % self.window, 0, -height % self.window))
         windows = self.attn(cut_windows(padded, self.window))
-        return join_windows(windows, padded.shape[1], padded.shape[2])[:, :height, :width]
+        return join_windows(windows, self.window, *padded.shape[1:3])[:, :height, :width]
 
 
 class Stage(nn.Module):

@@ -25,6 +25,7 @@ from service.backbones.base import Backbone, BackboneConfig, Family
 from service.backbones.building import SkipInitialisers
 from service.backbones.freezing import FROZEN_BATCH_NORM, norm_names
 from service.backbones.norms import BATCH_NORMS
+from service.backbones.shapes import shapes_only
 from service.backbones.tables import TorchvisionEntry, nearest, torchvision_models
 from service.checkpoints.keys import guess_prefix, strip_prefix
 from service.checkpoints.load import load_strict
@@ -459,7 +460,7 @@ def _facts(architecture: Architecture, names: tuple[str, ...]) -> Mapping[str, _
 
 
 def _meta_pass(module: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
-    with building.shapes_only():
+    with shapes_only():
         outputs: dict[str, Any] = module(torch.empty(2, 3, *size))
     return outputs
 

@@ -24,6 +24,7 @@ from service.backbones.openmmlab import (
     named_arch,
 )
 from service.backbones.swin import cut_windows, join_windows
+from service.backbones.tracing import at_least_zero, ceil_div, is_tracing
 from service.backbones.transformer_layers import FeedForward, by_head
 from service.checkpoints.layouts import KeyLayout, Naming, rules
 from service.config.spec import Description, FeatureInfo, Freeze, FreezeReport, Level
@@ -111,7 +112,7 @@ class PatchEmbed(nn.Module):
         return normed
 
     def _missing(self, side: int) -> int:
-        return max((math.ceil(side / self.stride) - 1) * self.stride + self.kernel - side, 0)
+        return at_least_zero((ceil_div(side, self.stride) - 1) * self.stride + self.kernel - side)
 
 
 class GlobalAttention(nn.Module):
@@ -168,23 +169,24 @@ class WindowAttention(nn.Module):
         bottom, right = -height % self.window, -width % self.window
         padded = F.pad(maps, (0, 0, 0, right, 0, bottom))
         rows, columns = padded.shape[1:3]
-        # mmpretrain hides the padding only where there is some on both sides.
-        mask = padding_mask(rows, columns, bottom, right, self.window, maps) if bottom and right else None
+        is_whole = not is_tracing() and not (bottom and right)
+        mask = None if is_whole else padding_mask(rows, columns, bottom, right, self.window, maps)
         windows = cut_windows(padded, self.window)
         qkv = self.qkv(windows).reshape(n, -1, self.window**2, 3, self.heads, channels // self.heads)
         query, key, value = qkv.permute(3, 0, 1, 4, 2, 5).unbind(0)
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        joined = join_windows(mixed.transpose(2, 3).reshape(windows.shape), rows, columns)
+        joined = join_windows(mixed.transpose(2, 3).reshape(windows.shape), self.window, rows, columns)
         projected: Tensor = self.proj(joined[:, :height, :width])
         return projected
 
 
 def padding_mask(rows: int, columns: int, bottom: int, right: int, window: int, like: Tensor) -> Tensor:
     """[windows, 1, window², window²]: what is added to the attention between padding and what is not."""
-    is_padding = torch.zeros(1, rows, columns, 1, device=like.device, dtype=like.dtype)
-    is_padding[:, -bottom:] = 1
-    is_padding[:, :, -right:] = 1
-    kinds = cut_windows(is_padding, window)
+    below = torch.arange(rows, device=like.device) >= rows - bottom
+    beside = torch.arange(columns, device=like.device) >= columns - right
+    # mmpretrain hides the padding only where there is some on both sides.
+    is_padding = (below[:, None] | beside) & ((bottom > 0) & (right > 0))
+    kinds = cut_windows(is_padding.int()[None, :, :, None], window)
     return ((kinds != kinds.transpose(1, 2)) * HIDDEN).to(like.dtype)[:, None]
 
 

@@ -29,6 +29,7 @@ from service.backbones.base import (
 from service.backbones.freezing import freeze_report
 from service.backbones.norms import NORMS, LayerNormConfig, NormSpec, make_norm
 from service.backbones.openmmlab import OneForAll, Scale, allocated, settle_computed
+from service.backbones.tracing import ceil_div, is_known
 from service.checkpoints.layouts import KeyLayout, KeyRule, Naming, rules
 from service.checkpoints.load import load_strict
 from service.config.spec import (
@@ -171,13 +172,17 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
-class LayerScale(nn.Module):
+class LayerScale(Scale):
     """A learnt factor a channel (Touvron et al., arXiv:2103.17239)."""
 
     def __init__(self, width: int, initial: float) -> None:
         super().__init__()
         self.initial = initial
         self.weight = nn.Parameter(torch.empty(width))
+
+    def start(self) -> None:
+        """The factors begin alike."""
+        nn.init.constant_(self.weight, self.initial)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[..., c] to the same shape."""
@@ -282,7 +287,7 @@ class PatchEmbed(nn.Module):
             TooLarge: more than 16384 patches.
         """
         height, width = images.shape[-2:]
-        self._refuse_too_many(math.ceil(height / self.patch_size) * math.ceil(width / self.patch_size))
+        self._refuse_too_many(ceil_div(height, self.patch_size) * ceil_div(width, self.patch_size))
         padded = F.pad(images, (0, -width % self.patch_size, 0, -height % self.patch_size))
         maps = self.projection(padded)
         return maps.flatten(2).transpose(1, 2), (maps.shape[2], maps.shape[3])
@@ -305,7 +310,7 @@ def resize_pos_embed(
         extra: tokens before the grid, kept as they are.
         mode: interpolated with `align_corners=False` and no antialiasing, as mmpretrain does.
     """
-    if source == target:
+    if is_known(target, source):
         return pos_embed
     grid = pos_embed[:, extra:].reshape(1, *source, -1).permute(0, 3, 1, 2)
     resized = F.interpolate(grid.float(), size=target, mode=mode, align_corners=False)
@@ -407,8 +412,6 @@ def initialise(network: VisionTransformer) -> None:
     for module in network.modules():
         if isinstance(module, NORMS):
             module.reset_parameters()
-        elif isinstance(module, LayerScale):
-            nn.init.constant_(module.weight, module.initial)
         elif isinstance(module, Scale):
             module.start()
         elif isinstance(module, (nn.Linear, nn.Conv2d)):

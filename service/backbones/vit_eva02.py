@@ -15,6 +15,7 @@ from service.backbones.base import DropRate
 from service.backbones.freezing import freeze_report
 from service.backbones.norms import LayerNormConfig
 from service.backbones.openmmlab import Computed, OneForAll
+from service.backbones.tracing import is_known
 from service.backbones.transformer_layers import by_head
 from service.backbones.vision_transformer import (
     ArchConfig,
@@ -100,7 +101,7 @@ class Rotation(Computed):
 
     def tables(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Cosines and sines of a grid."""
-        if grid == self.grid:
+        if is_known(grid, self.grid):
             return self.freqs_cos, self.freqs_sin
         angles = self.angles(grid, self.freqs_cos.device)
         return angles.cos().to(self.freqs_cos.dtype), angles.sin().to(self.freqs_sin.dtype)

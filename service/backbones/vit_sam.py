@@ -26,6 +26,7 @@ from service.backbones.openmmlab import (
 )
 from service.backbones.swin import cut_windows, join_windows
 from service.backbones.token_outputs import parse_node
+from service.backbones.tracing import is_known
 from service.backbones.transformer_layers import FeedForward, by_head
 from service.backbones.vision_transformer import (
     MAX_PATCHES,
@@ -114,7 +115,7 @@ class SAMSpec(VisionTransformerSpec):
 
 def resized(relative: Tensor, length: int) -> Tensor:
     """[l, c] of relative positions of another reach: [length, c], interpolated linearly."""
-    if len(relative) == length:
+    if is_known((length,), relative.shape[:1]):
         return relative
     return F.interpolate(relative.T[None].float(), size=length, mode="linear")[0].T.to(relative.dtype)
 
@@ -198,7 +199,7 @@ class TransformerLayer(nn.Module):
             return attended.reshape(maps.shape)
         padded = F.pad(maps, (0, 0, 0, -columns % self.window, 0, -rows % self.window))
         windows = self.attn(cut_windows(padded, self.window), (self.window, self.window))
-        return join_windows(windows, *padded.shape[1:3])[:, :rows, :columns]
+        return join_windows(windows, self.window, *padded.shape[1:3])[:, :rows, :columns]
 
 
 class ViTSAM(Backbone, Scale):

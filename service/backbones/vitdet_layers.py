@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from service.backbones.detectron2_resnet import ChannelNorm
 from service.backbones.lazyconfig import short_class
 from service.backbones.openmmlab import Scale
+from service.backbones.tracing import ceil_div, is_known, is_tracing
 from service.errors import TooLarge
 
 MAX_PATCHES = 16_384  # 2048 px in patches of 16
@@ -69,7 +70,7 @@ def relative_table(table: Tensor, queries: int, keys: int) -> Tensor:
     if queries * keys * table.shape[1] > MAX_BIASES:
         raise TooLarge(f"relative positions among {queries} and {keys} patches a side; resize the images")
     length = 2 * max(queries, keys) - 1
-    if table.shape[0] != length:
+    if not is_known((length,), table.shape[:1]):
         table = F.interpolate(table.T[None], size=length, mode="linear")[0].T
     query = torch.arange(queries, device=table.device)[:, None] * max(keys / queries, 1.0)
     key = torch.arange(keys, device=table.device)[None, :] * max(queries / keys, 1.0)
@@ -101,9 +102,10 @@ def attend(
         return F.scaled_dot_product_attention(query, key, value)
     down, across = _biases(query, tables, query_size, key_size)
     n, heads, length, _ = query.shape
-    step = max(1, MAX_BIASES // (n * heads * key.shape[2]))
+    # A trace has no turns: how many there are would be fixed for the traced size.
+    step = length if is_tracing() else max(1, MAX_BIASES // (n * heads * key.shape[2]))
     parts = []
-    for start in range(0, length, step):
+    for start in (0,) if is_tracing() else range(0, length, step):
         part = slice(start, start + step)
         bias = (down[:, :, part, :, None] + across[:, :, part, None, :]).flatten(3)
         parts.append(F.scaled_dot_product_attention(query[:, :, part], key, value, attn_mask=bias))
@@ -141,7 +143,7 @@ class PositionTable:
             return maps
         size = (maps.shape[1], maps.shape[2])
         grid = table[:, int(self.with_cls_token) :].reshape(1, self.side, self.side, -1)
-        if size == (self.side, self.side):
+        if is_known(size, (self.side, self.side)):
             return maps + grid
         resized = F.interpolate(grid.permute(0, 3, 1, 2), size=size, mode="bicubic", align_corners=False)
         return maps + resized.permute(0, 2, 3, 1)
@@ -165,7 +167,7 @@ class PatchEmbed(nn.Module):
         """
         strides = self.proj.stride
         patches = math.prod(
-            math.ceil(side / stride) for side, stride in zip(images.shape[2:], strides, strict=True)
+            ceil_div(side, stride) for side, stride in zip(images.shape[2:], strides, strict=True)
         )
         if patches > MAX_PATCHES:
             raise TooLarge(f"{patches} patches of {strides[0]} px; the limit is {MAX_PATCHES}")

@@ -279,7 +279,7 @@ class ClassLayer(ScaledLayer):
         return torch.cat((token + (self.gamma2 * mixed if self.is_scaled else mixed), 2 * patches), dim=1)
 
 
-class XCiT(Backbone):
+class XCiT(Backbone, Scale):
     """Keys `cls_token`, `patch_embed`, `pos_embed`, `xca_layers`, `ca_layers`, `norm`."""
 
     def __init__(self, spec: XCiTSpec) -> None:
@@ -292,6 +292,10 @@ class XCiT(Backbone):
         self.xca_layers = nn.ModuleList(ChannelLayer(spec) for _ in range(spec.layers))
         self.ca_layers = nn.ModuleList(ClassLayer(spec) for _ in range(spec.class_layers))
         self.norm = layer_norm(spec) if spec.final_norm else nn.Identity()
+
+    def start(self) -> None:
+        """A small class token at first."""
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
 
     def forward(self, images: Tensor, nodes: Sequence[str]) -> dict[str, Tensor]:
         """The outputs in `nodes`; stops after the deepest layer asked for."""

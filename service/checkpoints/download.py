@@ -14,17 +14,20 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import urljoin, urlsplit
 
-import httpx
 import orjson
 
 from service.checkpoints.names import RefusedNameError
 from service.checkpoints.parts import SUFFIX, Part, note_of, open_part
 from service.checkpoints.transfers import Transfer, Watch
 from service.errors import RemoteFailed, RemoteTimeout, ServiceError, Unavailable
+
+if TYPE_CHECKING:
+    import httpx
 
 MAX_REDIRECTS: Final = 3
 STALL_S: Final = 15.0
@@ -35,9 +38,7 @@ MAX_RECEIPT_BYTES: Final = 4096
 DISK_RETRY_AFTER_S: Final = 60.0
 GONE: Final = frozenset({401, 403, 404, 410})
 FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-ANSWERS_TO_RANGE: Final = frozenset(
-    {httpx.codes.PARTIAL_CONTENT, httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE}
-)
+ANSWERS_TO_RANGE: Final = frozenset({HTTPStatus.PARTIAL_CONTENT, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE})
 CONTENT_RANGE: Final = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
 HUB_DELIVERY: Final = (".huggingface.co", ".hf.co")
 
@@ -259,7 +260,7 @@ class _Download:
         """
         name, note = self.source.name, self.part.note
         found = CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-        if response.status_code != httpx.codes.PARTIAL_CONTENT or found is None or note is None:
+        if response.status_code != HTTPStatus.PARTIAL_CONTENT or found is None or note is None:
             raise _StartOverError(f"{name}: the remote host answered {response.status_code}")
         first, last = int(found[1]), int(found[2])
         size = last + 1 if found[3] == "*" else int(found[3])
@@ -320,6 +321,8 @@ def _redirected(source: Source, url: str, response: httpx.Response) -> str:
 
 
 def _client(connect_s: float, read_s: float) -> httpx.Client:
+    import httpx  # takes longer than everything else here together, and most services fetch nothing
+
     # No proxies and no credentials of the environment: what may be reached is what the settings say.
     timeout = httpx.Timeout(read_s, connect=connect_s)
     return httpx.Client(
@@ -355,7 +358,7 @@ def _check_status(name: str, response: httpx.Response, *, redirect_is_fine: bool
         raise RefusedNameError(f"{name}: there is no such public file")
     if response.is_redirect and redirect_is_fine:
         return
-    if response.status_code != httpx.codes.OK:
+    if response.status_code != HTTPStatus.OK:
         raise RemoteFailed(f"{name}: the remote host answered {response.status_code}")
     if _is_compressed(response):
         raise RemoteFailed(f"{name}: the remote host sent it compressed, and was asked not to")
@@ -374,6 +377,8 @@ def _check_size(name: str, size: int, limits: Limits) -> None:
 @contextmanager
 def _remote(name: str, watch: Watch) -> Iterator[None]:
     """Errors of the network in the service's words."""
+    import httpx
+
     try:
         yield
     except httpx.TimeoutException as error:

@@ -66,6 +66,13 @@ IGNORED_KEYS = frozenset(
 )
 
 
+WITHOUT_EFFECT: Mapping[Mode, tuple[str, ...]] = {
+    "crop": (),
+    "resize": ("crop_pct",),
+    "native": ("size", "crop_pct", "interpolation", "fast_decode"),
+}
+
+
 @dataclass(frozen=True)
 class PreprocessRequest:
     """What a client said, in neutral words; None where it said nothing. Mean and std are in units of 0–1."""
@@ -78,6 +85,7 @@ class PreprocessRequest:
     std: tuple[float, ...] | None = None
     channel_order: Order | None = None
     size_divisor: int | None = None
+    fast_decode: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,8 @@ class PreprocessSpec:
     """What is done to every image of a request.
 
     `size` is [height, width], None for `native`. `mean` and `std` are in units of 0–1, in the order of the
-    channels that the network sees.
+    channels that the network sees. `fast_decode` allows a JPEG to be decoded no larger than it is needed, which
+    changes values a little.
     """
 
     mode: Mode
@@ -96,12 +105,11 @@ class PreprocessSpec:
     std: tuple[float, ...]
     channel_order: Order
     size_divisor: int
+    fast_decode: bool
 
     def as_json(self) -> dict[str, Any]:
         """Plain data in the words of the request, which asks for this very spec; only what has an effect."""
-        unused = {"crop": (), "resize": ("crop_pct",), "native": ("size", "crop_pct", "interpolation")}[
-            self.mode
-        ]
+        unused = WITHOUT_EFFECT[self.mode]
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in unused}
 
 
@@ -114,6 +122,7 @@ class _Form(BaseModel):
     size: Size | None = None
     crop_pct: CropPct | None = None
     interpolation: Interpolation | None = None
+    fast_decode: StrictBool | None = None
 
     def neutral(self, pointer: str) -> PreprocessRequest:
         """In neutral words; `pointer` is where the form is in the request."""
@@ -127,6 +136,7 @@ class _Form(BaseModel):
             size=size,
             crop_pct=self.crop_pct,
             interpolation=self.interpolation,
+            fast_decode=self.fast_decode,
         )
 
 
@@ -274,6 +284,7 @@ def _read_nested(raw: Mapping[Any, Any], pointer: str) -> PreprocessRequest:
         size=beside.size,
         crop_pct=beside.crop_pct,
         interpolation=beside.interpolation,
+        fast_decode=beside.fast_decode,
     )
 
 
@@ -291,6 +302,9 @@ def _refuse_contradictions(request: PreprocessRequest, pointer: str) -> None:
         raise InvalidConfig(pointer_to(pointer, "size"), detail)
     if request.mode in ("native", "resize") and request.crop_pct is not None:
         raise InvalidConfig(pointer_to(pointer, "crop_pct"), f"mode {request.mode} does not crop")
+    if request.mode == "native" and request.fast_decode:
+        detail = "native keeps each image's own size; a JPEG is only decoded smaller for mode crop or resize"
+        raise InvalidConfig(pointer_to(pointer, "fast_decode"), detail)
 
 
 T = TypeVar("T")
@@ -325,6 +339,7 @@ def resolve_preprocess(request: PreprocessRequest, defaults: Sequence[Preprocess
         std=in_order(request.std, lambda source: source.std),
         channel_order=order,
         size_divisor=request.size_divisor or 1,
+        fast_decode=bool(request.fast_decode),
     )
 
 

@@ -7,6 +7,8 @@ from typing import Literal
 
 # NCL are tokens whose channels come first, as MlpMixer gives them.
 Layout = Literal["NCHW", "NLC", "NCL", "NC"]
+# What a forward pass computes in.
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,8 @@ def read_plain(data: bytes) -> Container:
 # --- JPEG (ITU-T T.81, annex B) -----------------------------------------------------------------
 
 _EOI, _SOS, _APP1 = 0xD9, 0xDA, 0xE1
+_SEQUENTIAL = frozenset((b"\xc0", b"\xc1"))
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _STANDALONE = frozenset((0x01, *range(0xD0, 0xD9)))
 # Frames, tables, and the two application segments that say how colours are coded (JFIF's, Adobe's).
 _KEPT = frozenset((*range(0xC0, 0xD0), 0xDB, 0xDD, 0xE0, 0xEE))
@@ -59,13 +61,16 @@ def read_jpeg(data: bytes) -> Container:
         BrokenContainer: more scans or segments than a photo has. Each scan of a progressive JPEG is a few bytes
             in the file and a pass over the whole image in the decoder.
     """
-    kept, exif = [data[:2]], b""
+    kept, exif, frame = [data[:2]], b"", b""
     for marker, segment in _segments(data, _MARKER, 2):
         if marker == _SOS:
             start = segment.start
-            _refuse_scans(data, start)
+            if not _has_one_scan(frame, data[start : segment.stop]):
+                _refuse_scans(data, start)
             return Container(b"".join((*kept, data[start:])), exif=exif)
         payload = data[segment.start : segment.stop]
+        if marker in _FRAMES:
+            frame = payload
         if marker in _KEPT:
             kept.append(payload)
         elif marker == _APP1 and not exif and payload[4:10] == b"Exif\0\0":
@@ -89,7 +94,17 @@ def _segments(data: bytes, pattern: re.Pattern[bytes], position: int) -> Iterato
     raise BrokenContainer(f"has more than {MAX_JPEG_SEGMENTS} segments")
 
 
+def _has_one_scan(frame: bytes, scan: bytes) -> bool:
+    """Whether the first scan has all there is: a sequential JPEG's whose components are all in it.
+
+    A decoder refuses a second one then, and the rest of the file need not be searched for it.
+    """
+    return frame[1:2] in _SEQUENTIAL and frame[9:10] == scan[4:5] != b""
+
+
 def _refuse_scans(data: bytes, position: int) -> None:
+    if data.count(bytes((0xFF, _SOS)), position) <= MAX_JPEG_SCANS:
+        return  # wherever they stand: ten times as fast as looking where
     scans = 0
     for marker, _ in _segments(data, _MARKER_IN_SCAN, position):
         scans += marker == _SOS

@@ -7,33 +7,28 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from service.config.preprocess import PreprocessSpec
 from service.images.decode import DecodedImage
+from service.images.resize import ByteImage, Size, resize, resize_window
 
-ByteImage = npt.NDArray[np.uint8]
 FloatImage = npt.NDArray[np.float32]
-Size = tuple[int, int]
 Window = tuple[int, int, int, int]
 # A thin image is not resized as a whole before it is cropped: at 224 pixels 1x30000 would become 256x7680000.
 MAX_RESIZED_PIXELS = 50_000_000
 
-FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-    "box": Image.Resampling.BOX,
-    "hamming": Image.Resampling.HAMMING,
-}
+# A scaled JPEG keeps twice as many pixels a side as are left of it: what it loses is finer than what resizing leaves.
+OVERSAMPLING = 2
 
 
 @dataclass(frozen=True)
 class TransformedImage:
-    """One image for a network: `array` is [3, height, width], normalised; all of it is image, nothing padding."""
+    """One image for a network: `array` is [3, height, width]; all of it is image, nothing padding.
 
-    array: FloatImage
+    It is float32 and normalised, or uint8 and still to be: in the network's order of channels either way.
+    """
+
+    array: FloatImage | ByteImage
 
     @property
     def valid(self) -> Size:
@@ -46,10 +41,33 @@ def planned_size(width: int, height: int, spec: PreprocessSpec) -> Size:
     return (height, width) if spec.size is None else spec.size
 
 
+def enough_pixels(width: int, height: int, spec: PreprocessSpec) -> Size:
+    """[height, width] that a scaled decoding of an image of this size has at least, for `fast_decode`."""
+    target = RESIZED_SIZES[spec.mode]((height, width), spec)
+    return target[0] * OVERSAMPLING, target[1] * OVERSAMPLING
+
+
 def transform_image(image: DecodedImage, spec: PreprocessSpec) -> TransformedImage:
-    """Resize, crop and normalise one image."""
-    fitted = FITS[spec.mode](image, spec)
-    return TransformedImage(_normalised(fitted, spec))
+    """Resize, crop and normalise one image: float32."""
+    return TransformedImage(_normalised(_fitted(image, spec), spec))
+
+
+def fit_image(image: DecodedImage, spec: PreprocessSpec) -> TransformedImage:
+    """Resize and crop one image: uint8, to be normalised on the device."""
+    return TransformedImage(_fitted(image, spec))
+
+
+def scale_and_shift(spec: PreprocessSpec) -> tuple[FloatImage, FloatImage]:
+    """Of each channel, [3]: a byte times the one plus the other is (byte / 255 - mean) / std."""
+    mean, std = np.asarray(spec.mean), np.asarray(spec.std)
+    return (1.0 / (255.0 * std)).astype(np.float32), (-mean / std).astype(np.float32)
+
+
+def _fitted(image: DecodedImage, spec: PreprocessSpec) -> ByteImage:
+    """[3, h, w] in the order of the network's channels."""
+    rgb = FITS[spec.mode](image, spec)
+    pixels = rgb[:, :, ::-1] if spec.channel_order == "bgr" else rgb
+    return pixels.transpose(2, 0, 1)
 
 
 def _native(image: DecodedImage, _spec: PreprocessSpec) -> ByteImage:
@@ -59,7 +77,7 @@ def _native(image: DecodedImage, _spec: PreprocessSpec) -> ByteImage:
 def _resized(image: DecodedImage, spec: PreprocessSpec) -> ByteImage:
     """Exactly `spec.size`; the aspect is not kept."""
     assert spec.size is not None
-    return _resize(image.rgb, spec.size, spec.interpolation)
+    return resize(image.rgb, spec.size, spec.interpolation)
 
 
 def _cropped(image: DecodedImage, spec: PreprocessSpec) -> ByteImage:
@@ -69,14 +87,24 @@ def _cropped(image: DecodedImage, spec: PreprocessSpec) -> ByteImage:
     the window is computed: the same filter over the same pixels, equal but for what Pillow rounds between passes.
     """
     assert spec.size is not None
-    edges = int(spec.size[0] / spec.crop_pct), int(spec.size[1] / spec.crop_pct)
-    target = _covering((image.height, image.width), edges)
+    target = _crop_target((image.height, image.width), spec)
     top, left = (round((full - kept) / 2.0) for full, kept in zip(target, spec.size, strict=True))
     window = (top, left, top + spec.size[0], left + spec.size[1])
     if target[0] * target[1] > MAX_RESIZED_PIXELS:
         return _resized_window(image, target, window, spec)
-    resized = _resize(image.rgb, target, spec.interpolation)
+    resized = resize(image.rgb, target, spec.interpolation)
     return resized[window[0] : window[2], window[1] : window[3]]
+
+
+def _crop_target(size: Size, spec: PreprocessSpec) -> Size:
+    """[height, width] that an image of this size is resized to before it is cropped."""
+    assert spec.size is not None
+    return _covering(size, (int(spec.size[0] / spec.crop_pct), int(spec.size[1] / spec.crop_pct)))
+
+
+def _whole_target(size: Size, spec: PreprocessSpec) -> Size:
+    """[height, width] that an image of this size is resized to if it is not cropped."""
+    return size if spec.size is None else spec.size
 
 
 def _covering(size: Size, edges: Size) -> Size:
@@ -95,46 +123,35 @@ def _covering(size: Size, edges: Size) -> Size:
 def _resized_window(image: DecodedImage, target: Size, window: Window, spec: PreprocessSpec) -> ByteImage:
     """What `window` (top, left, bottom, right) shows of the image resized to `target`, without the rest of it."""
     assert spec.size is not None
-    y_scale, x_scale = image.height / target[0], image.width / target[1]
+    stored = image.rgb.shape
+    y_scale, x_scale = stored[0] / target[0], stored[1] / target[1]
     top, left, bottom, right = window
-    box = (
-        left * x_scale,
-        top * y_scale,
-        min(right * x_scale, image.width),
-        min(bottom * y_scale, image.height),
-    )
-    size = (spec.size[1], spec.size[0])
-    return np.asarray(Image.fromarray(image.rgb).resize(size, FILTERS[spec.interpolation], box=box))
-
-
-def _resize(rgb: ByteImage, size: Size, interpolation: str) -> ByteImage:
-    if rgb.shape[:2] == size:
-        return rgb
-    resized = Image.fromarray(rgb).resize((size[1], size[0]), FILTERS[interpolation])
-    return np.asarray(resized)
+    box = (left * x_scale, top * y_scale, min(right * x_scale, stored[1]), min(bottom * y_scale, stored[0]))
+    return resize_window(image.rgb, spec.size, box, spec.interpolation)
 
 
 FITS = {"crop": _cropped, "resize": _resized, "native": _native}
+RESIZED_SIZES = {"crop": _crop_target, "resize": _whole_target, "native": _whole_target}
 
 
-def _normalised(rgb: ByteImage, spec: PreprocessSpec) -> FloatImage:
-    """(x / 255 - mean) / std in the channel order of the network, as one multiplication and one addition."""
-    pixels = rgb[:, :, ::-1] if spec.channel_order == "bgr" else rgb
-    mean, std = np.asarray(spec.mean), np.asarray(spec.std)
-    scale = (1.0 / (255.0 * std)).astype(np.float32)[:, None, None]
-    shift = (-mean / std).astype(np.float32)[:, None, None]
-    array: FloatImage = pixels.transpose(2, 0, 1).astype(np.float32, order="C")
-    array *= scale
-    array += shift
+def _normalised(pixels: ByteImage, spec: PreprocessSpec) -> FloatImage:
+    """(x / 255 - mean) / std, [3, h, w], as one multiplication and one addition.
+
+    By NumPy: torch would share so little work among threads of OpenMP.
+    """
+    scale, shift = scale_and_shift(spec)
+    array: FloatImage = pixels.astype(np.float32, order="C")
+    array *= scale[:, None, None]
+    array += shift[:, None, None]
     return array
 
 
-def stack_images(images: Sequence[TransformedImage], spec: PreprocessSpec) -> FloatImage:
+def stack_images(images: Sequence[TransformedImage], spec: PreprocessSpec) -> FloatImage | ByteImage:
     """[n, 3, h, w]: zeros to the right and below where an image is smaller than the largest or than the divisor."""
     height, width = (_up(max(image.valid[axis] for image in images), spec.size_divisor) for axis in (0, 1))
     if len(images) == 1 and images[0].valid == (height, width):
         return images[0].array[None]
-    stacked = np.zeros((len(images), 3, height, width), np.float32)
+    stacked = np.zeros((len(images), 3, height, width), images[0].array.dtype)
     for slot, image in zip(stacked, images, strict=True):
         slot[:, : image.valid[0], : image.valid[1]] = image.array
     return stacked

@@ -22,6 +22,7 @@ ALIASES = {"application/x-safetensors": SAFETENSORS}
 MAX_ACCEPT_CHARS = 8192
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9a-z-]+"  # RFC 9110, section 5.6.2; the header is lowercased before  # noqa: S105
+_WORD = re.compile(_TOKEN)
 _RANGE = re.compile(rf"{_TOKEN}/{_TOKEN}")
 _WEIGHT = re.compile(r"0(\.[0-9]*)?|1(\.0*)?")
 
@@ -85,11 +86,23 @@ def parse_accept(accept: str) -> list[MediaRange]:
 
 
 def _media_range(element: str, position: int) -> MediaRange | None:
-    name, *parameters = (part.strip(" \t") for part in _split(element, ";"))
-    weight = _weight(parameters)
+    name, weight = _weighted(element)
     if weight is None or not _RANGE.fullmatch(name):
         return None
     return MediaRange(name, weight, position)
+
+
+def weighted_elements(header: str) -> Iterator[tuple[str, float]]:
+    """Each word of a lowercased list with its weight, in order: `gzip;q=0.5, *`; what is no such thing is left out."""
+    for element in _split(header, ","):
+        name, weight = _weighted(element)
+        if weight is not None and _WORD.fullmatch(name):
+            yield name, weight
+
+
+def _weighted(element: str) -> tuple[str, float | None]:
+    name, *parameters = (part.strip(" \t") for part in _split(element, ";"))
+    return name, _weight(parameters)
 
 
 def _weight(parameters: list[str]) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -35,7 +35,7 @@ class WeightsInfo:
 
     def describe(self) -> dict[str, Any]:
         """Plain JSON; `prefix` only where one was stripped, `layout` only where names were translated."""
-        described = asdict(self)
+        described = dict(vars(self))
         for name in ("prefix", "layout"):
             if not described[name]:
                 del described[name]
@@ -67,6 +67,7 @@ class ModelInfo:
     id: str
     type: str
     device: str
+    engine: str
     precision: str
     weights: WeightsInfo
     frozen: FrozenInfo
@@ -74,10 +75,10 @@ class ModelInfo:
 
     def describe(self) -> dict[str, Any]:
         """Plain JSON."""
-        described = asdict(self) | {"weights": self.weights.describe()}
-        neck = described.pop("neck")
+        described = vars(self) | {"weights": self.weights.describe(), "frozen": dict(vars(self.frozen))}
+        del described["neck"]
         if self.neck is not None:
-            described["neck"] = neck | {"weights": self.neck.weights.describe()}
+            described["neck"] = vars(self.neck) | {"weights": self.neck.weights.describe()}
         return described
 
 
@@ -136,7 +137,7 @@ class Timings:
 
     def describe(self) -> dict[str, float]:
         """Plain JSON, to the microsecond."""
-        return {name: round(value, 3) for name, value in asdict(self).items()}
+        return {name: round(value, 3) for name, value in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class FeatureReply:
         """Plain JSON without numbers and without timings: the same request gives the same description."""
         described: dict[str, Any] = {
             "model": self.model.describe(),
-            "images": [asdict(image) for image in self.images],
+            "images": [dict(vars(image)) for image in self.images],
             "levels": [level.describe() for level in self.levels],
         }
         if self.preprocess is not None:

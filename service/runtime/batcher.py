@@ -1,89 +1,142 @@
-"""The device worker: one thread that owns the device and runs what waits for it, in batches.
+"""The device workers: threads ("lanes") that run what waits for the device, in batches.
 
-Work-conserving: an idle device starts at once with what is there, a busy one takes all that has come meanwhile
-and goes together. No timers.
+Work-conserving: an idle lane starts at once with what is there; a busy one finds what has come meanwhile. No timers.
+Lane 0 is where torch runs, always: OpenMP gives every thread that uses it a team of its own, and once these outnumber
+the cores, small networks run slower. The other lanes take only jobs that may run beside another batch.
 """
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
-from service.errors import DeadlineExceeded, Draining, QueueFull
+from service.errors import DeadlineExceeded, Draining, QueueFull, ServiceError
+from service.runtime.batch_sizes import BatchSizes
+from service.runtime.waiting import Flow, Job, WaitingJobs
+
+__all__ = ["Batcher", "Job", "Pace"]
 
 P = TypeVar("P")
 R = TypeVar("R")
+FORGOTTEN_SHARE = 0.05  # of the drain rate's past, with every batch
 
 
-@dataclass
-class Job(Generic[P, R]):
-    """One request's images for the device.
+@dataclass(frozen=True)
+class Pace:
+    """Where a batch runs, and whether it has the cores to itself: `crowded` if another lane runs or will at once."""
 
-    Jobs of one `group` may run in one forward pass. `deadline` is a reading of `time.monotonic`.
-    """
+    lane: int
+    crowded: bool
 
-    group: Hashable
-    images: int
-    payload: P
-    deadline: float
-    future: Future[R] = field(default_factory=Future)
-    queued_at: float = field(default_factory=time.monotonic)
+
+@dataclass(frozen=True)
+class _Batch(Generic[P, R]):
+    jobs: list[Job[P, R]]
+    flow: Flow[P, R]
+    pace: Pace
+    charged_s: float
+    started: float
+
+
+class _Lane:
+    """A thread and what it waits on. `asleep` until it is called; `busy_since` is None between batches."""
+
+    def __init__(self, index: int, lock: threading.RLock) -> None:
+        self.index = index
+        self.called = threading.Condition(lock)
+        self.asleep = False
+        self.busy_since: float | None = None
+        self.thread: threading.Thread
+
+
+class _DrainRate:
+    """Images per second over the time that any lane was busy."""
+
+    def __init__(self) -> None:
+        self._images = self._seconds = 0.0
+        self._since = 0.0
+
+    def begin(self, now: float) -> None:
+        self._since = now
+
+    def note(self, images: int, now: float) -> None:
+        self._images += images - FORGOTTEN_SHARE * self._images
+        self._seconds += now - self._since - FORGOTTEN_SHARE * self._seconds
+        self._since = now
+
+    def seconds_for(self, images: int) -> float:
+        """How long the lanes take for so many; 0 before any was run."""
+        return images * self._seconds / self._images if self._images else 0.0
 
 
 class Batcher(Generic[P, R]):
-    """A bounded queue in front of one thread.
+    """A bounded queue, fair between models, in front of one thread or more.
 
     Args:
-        run: computes one batch: results in the order of the jobs. An exception among the results fails only its
-            own job; one raised fails the whole batch, and never the thread.
-        max_batch: images in one batch; a single larger job runs alone.
+        run: computes one batch on the thread of its lane: results in the order of the jobs. An exception among the
+            results fails only its own job; one raised fails the whole batch, and never the thread.
+        lanes: threads. Those after the first run only `concurrent` jobs.
+        max_batch: images in one batch; a single larger job runs alone. Below it the size is learned.
         queue_size: images that may wait.
-        observe: told the images of each batch and the seconds it took.
+        observe: told the model, the images and the seconds of each batch.
+        sizes: what is learned of batch sizes, where `run` wants to know it too.
+        clock: seconds; what deadlines are readings of.
     """
 
     def __init__(
         self,
-        run: Callable[[Sequence[Job[P, R]]], Sequence[R | BaseException]],
+        run: Callable[[Sequence[Job[P, R]], Pace], Sequence[R | BaseException]],
         *,
+        lanes: int,
         max_batch: int,
         queue_size: int,
-        observe: Callable[[int, float], None],
+        observe: Callable[[Hashable, int, float], None],
+        sizes: BatchSizes | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.sizes = BatchSizes(max_batch) if sizes is None else sizes
         self._run = run
-        self._max_batch = max_batch
         self._queue_size = queue_size
         self._observe = observe
-        self._queue: deque[Job[P, R]] = deque()
-        self._waiting_images = 0
+        self._clock = clock
+        self._waiting: WaitingJobs[P, R] = WaitingJobs()
+        self._rate = _DrainRate()
         self._stopping = False
-        self._images_per_s = 0.0
-        self._busy_since: float | None = None
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._work, name="device-worker", daemon=True)
-        self._thread.start()
+        lock = threading.RLock()  # a future cancelled under it calls back
+        self._changed = threading.Condition(lock)
+        self._lanes = [_Lane(index, lock) for index in range(lanes)]
+        for lane in self._lanes:
+            lane.thread = threading.Thread(
+                target=self._work, args=(lane,), name=f"device-worker-{lane.index}", daemon=True
+            )
+            lane.thread.start()
 
     @property
     def waiting_images(self) -> int:
-        """Images in the queue, cancelled ones included until the worker meets them."""
-        return self._waiting_images
+        """Images in the queue."""
+        return self._waiting.images
 
     def busy_seconds(self) -> float:
-        """How long the batch that runs now has been running; 0 when idle."""
-        since = self._busy_since
-        return 0.0 if since is None else time.monotonic() - since
+        """How long the longest of the batches that run now has been running; 0 when all lanes are idle."""
+        now = self._clock()
+        return max(0.0 if (since := lane.busy_since) is None else now - since for lane in self._lanes)
 
     @property
     def alive(self) -> bool:
-        """Whether the worker thread runs."""
-        return self._thread.is_alive()
+        """Whether the threads of all lanes run."""
+        return all(lane.thread.is_alive() for lane in self._lanes)
+
+    # --- what comes in --------------------------------------------------------------------------
 
     def submit(self, job: Job[P, R]) -> Future[R]:
-        """Queue a job.
+        """Queue a job. Cancelling its future before it runs gives its place back at once.
 
         Raises:
             QueueFull: the queue has no place for its images; `retry_after_s` is how long the queue takes to drain.
@@ -91,101 +144,203 @@ class Batcher(Generic[P, R]):
         """
         with self._changed:
             if self._stopping:
-                raise Draining("the service is shutting down")
-            self._drop_cancelled()
-            if self._waiting_images and self._waiting_images + job.images > self._queue_size:
-                detail = f"{self._waiting_images} images wait; the queue holds {self._queue_size}"
-                raise QueueFull(detail, retry_after_s=self._drain_seconds())
-            self._queue.append(job)
-            self._waiting_images += job.images
-            self._changed.notify()
+                raise _draining()
+            late = self._waiting.take_expired(self._clock())
+            full = self._full(job)
+            if full is None:
+                self._waiting.add(job)
+                self._call_a_lane(job)
+                self._changed.notify_all()
+        _refuse(late, _too_late)
+        if full is not None:
+            raise full
+        job.future.add_done_callback(partial(self._give_place_back, job.model, job.concurrent))
         return job.future
 
-    def _drain_seconds(self) -> float:
-        return max(1.0, self._waiting_images / self._images_per_s) if self._images_per_s else 1.0
+    def submit_async(self, job: Job[P, R]) -> asyncio.Future[R]:
+        """Queue a job and have the running event loop told: once for all jobs of a batch.
 
-    def _drop_cancelled(self) -> None:
-        kept = deque(job for job in self._queue if not job.future.cancelled())
-        if len(kept) != len(self._queue):
-            self._queue = kept
-            self._waiting_images = sum(job.images for job in kept)
+        Cancelling what is returned cancels the job. Raises what `submit` raises.
+        """
+        waiter: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+        job.waiter = waiter
+        self.submit(job)
+        waiter.add_done_callback(partial(_cancel_too, job.future))
+        return waiter
 
-    def _work(self) -> None:
-        while self._work_once():
+    def _full(self, job: Job[P, R]) -> QueueFull | None:
+        """Why there is no place for a job; None if there is."""
+        images = self._waiting.images
+        if not images or images + job.images <= self._queue_size:
+            return None
+        # whoever waits is answered or gone by the last deadline
+        left_s = self._waiting.last_deadline - self._clock()
+        retry_after_s = max(1.0, min(self._rate.seconds_for(images), left_s))
+        detail = f"{images} images wait; the queue holds {self._queue_size}"
+        return QueueFull(detail, retry_after_s=retry_after_s)
+
+    def _call_a_lane(self, job: Job[P, R]) -> None:
+        """Wake one idle lane that may run this; the last ones first, as the first has torch's jobs to itself."""
+        for lane in reversed(self._lanes if job.concurrent else self._lanes[:1]):
+            if lane.asleep:
+                lane.asleep = False
+                lane.called.notify()
+                return
+
+    def _give_place_back(self, model: Hashable, concurrent: bool, future: Future[R]) -> None:
+        """Called with every future that is done; those that were cancelled may still wait."""
+        if not future.cancelled():
+            return
+        with self._changed:
+            waited = self._waiting.discard(model, concurrent, future)
+            self._changed.notify_all()
+        if waited:
+            future.set_running_or_notify_cancel()
+
+    # --- what a lane does -----------------------------------------------------------------------
+
+    def _work(self, lane: _Lane) -> None:
+        while self._work_once(lane):
             pass
 
-    def _work_once(self) -> bool:
+    def _work_once(self, lane: _Lane) -> bool:
         """Run one batch; False when there will be no more. Nothing of a batch outlives this frame."""
-        batch = self._next_batch()
-        if batch is None:
-            return False
-        live = [job for job in batch if self._start(job)]
-        if live:
-            self._run_batch(live)
-        return True
+        late, batch = self._next(lane)
+        _refuse(late, _too_late)
+        if batch is not None:
+            self._run_batch(lane, batch)
+        return bool(late) or batch is not None
 
-    def _next_batch(self) -> list[Job[P, R]] | None:
+    def _next(self, lane: _Lane) -> tuple[list[Job[P, R]], _Batch[P, R] | None]:
+        """Jobs that came too late, and what to run; neither only when the lane is to end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._stopping)
-            if not self._queue:
-                return None
-            return self._take_group()
+            while True:
+                late = self._waiting.take_expired(self._clock())
+                flow = self._waiting.next_flow(concurrent_only=lane.index > 0)
+                if late or flow or self._stopping:
+                    batch = None if flow is None else self._take(lane, flow)
+                    self._changed.notify_all()
+                    return late, batch
+                lane.asleep = True
+                lane.called.wait()
 
-    def _take_group(self) -> list[Job[P, R]]:
-        """The oldest job and all of its group that fit beside it, in order; other groups keep their places."""
-        group, images = self._queue[0].group, 0
-        taken: list[Job[P, R]] = []
-        left: deque[Job[P, R]] = deque()
-        for job in self._queue:
-            if job.group == group and (not taken or images + job.images <= self._max_batch):
-                taken.append(job)
-                images += job.images
-            else:
-                left.append(job)
-        self._queue = left
-        self._waiting_images -= images
-        return taken
+    def _take(self, lane: _Lane, flow: Flow[P, R]) -> _Batch[P, R]:
+        """The next batch of a model. Lanes that are free share what waits."""
+        group = flow.next_group
+        busy = sum(other.busy_since is not None for other in self._lanes)
+        free = len(self._lanes) - busy if flow.concurrent else 1
+        images = flow.images[group]
+        share = -(-images // free)
+        limit = self.sizes.limit(group, share, crowded=busy > 0 or share < images)
+        jobs = self._waiting.take(flow, min(limit, share))
+        charged_s = self.sizes.seconds(group, _images(jobs))
+        self._waiting.charge(flow, charged_s)
+        # lane 0 may run whatever waits, the others only what may run beside it
+        crowded = busy > 0 or (len(self._lanes) > 1 and self._waiting.waits(concurrent_only=lane.index == 0))
+        lane.busy_since = started = self._clock()
+        if not busy:
+            self._rate.begin(started)
+        return _Batch(jobs, flow, Pace(lane.index, crowded), charged_s, started)
 
-    def _start(self, job: Job[P, R]) -> bool:
-        """Claim a job for running; False if nobody waits for it any more."""
-        if not job.future.set_running_or_notify_cancel():
-            return False
-        if time.monotonic() > job.deadline:
-            job.future.set_exception(
-                DeadlineExceeded("the deadline passed while the request waited in the queue")
-            )
-            return False
-        return True
-
-    def _run_batch(self, jobs: Sequence[Job[P, R]]) -> None:
-        images = sum(job.images for job in jobs)
-        started = self._busy_since = time.monotonic()
+    def _run_batch(self, lane: _Lane, batch: _Batch[P, R]) -> None:
+        jobs = [job for job in batch.jobs if job.future.set_running_or_notify_cancel()]
+        results = self._results(jobs, batch.pace) if jobs else []
+        seconds = self._settle(lane, batch, jobs, results)
         try:
-            results = self._run(jobs)
-        except BaseException as error:  # noqa: BLE001 - whatever it is belongs to the callers, not to this thread
-            results = [error] * len(jobs)
-        self._busy_since = None
-        seconds = time.monotonic() - started
-        self._note_speed(images, seconds)
-        for job, result in zip(jobs, results, strict=True):
-            if isinstance(result, BaseException):
-                job.future.set_exception(result)
-            else:
-                job.future.set_result(result)
+            if jobs:
+                self._observe(jobs[0].model, _images(jobs), seconds)
+        finally:
+            _answer(jobs, results)
 
-    def _note_speed(self, images: int, seconds: float) -> None:
-        now = images / max(seconds, 1e-6)
-        self._images_per_s = 0.8 * self._images_per_s + 0.2 * now if self._images_per_s else now
-        self._observe(images, seconds)
+    def _results(self, jobs: Sequence[Job[P, R]], pace: Pace) -> Sequence[R | BaseException]:
+        try:
+            results = self._run(jobs, pace)
+            if len(results) != len(jobs):
+                raise RuntimeError(f"{len(jobs)} jobs were run and {len(results)} results came")
+        except BaseException as error:  # noqa: BLE001 - whatever it is belongs to the callers, not to this thread
+            return [error] * len(jobs)
+        return results
+
+    def _settle(
+        self,
+        lane: _Lane,
+        batch: _Batch[P, R],
+        jobs: Sequence[Job[P, R]],
+        results: Sequence[R | BaseException],
+    ) -> float:
+        """Free the lane, and take note of the seconds that the batch took."""
+        images, failed = _images(jobs), all(isinstance(result, BaseException) for result in results)
+        with self._changed:
+            now = self._clock()
+            seconds = now - batch.started
+            lane.busy_since = None
+            self._rate.note(images, now)
+            self._waiting.charge(batch.flow, seconds - batch.charged_s)
+            if not failed:
+                self.sizes.learn(jobs[0].group, images, seconds, crowded=batch.pace.crowded)
+            elif len(jobs) > 1:
+                self.sizes.put_off(jobs[0].group, crowded=batch.pace.crowded)
+        return seconds
+
+    # --- the end --------------------------------------------------------------------------------
 
     def stop(self) -> None:
-        """Refuse new jobs, fail those that wait, let the running batch finish, and end the thread."""
+        """Refuse new jobs, fail those that wait, let the running batches finish, and end the threads."""
         with self._changed:
             self._stopping = True
-            waiting, self._queue = self._queue, deque()
-            self._waiting_images = 0
-            self._changed.notify()
-        for job in waiting:
-            if job.future.set_running_or_notify_cancel():
-                job.future.set_exception(Draining("the service is shutting down"))
-        self._thread.join()
+            waiting = self._waiting.take_all()
+            for lane in self._lanes:
+                lane.called.notify()
+            self._changed.notify_all()
+        _refuse(waiting, _draining)
+        for lane in self._lanes:
+            lane.thread.join()
+
+
+def _images(jobs: Iterable[Job[P, R]]) -> int:
+    return sum(job.images for job in jobs)
+
+
+def _too_late() -> DeadlineExceeded:
+    return DeadlineExceeded("the deadline passed while the request waited in the queue")
+
+
+def _draining() -> Draining:
+    return Draining("the service is shutting down")
+
+
+def _refuse(jobs: Iterable[Job[P, R]], make_error: Callable[[], ServiceError]) -> None:
+    """Answer jobs that were not run, those that nobody cancelled."""
+    refused = [job for job in jobs if job.future.set_running_or_notify_cancel()]
+    _answer(refused, [make_error() for _ in refused])
+
+
+def _answer(jobs: Sequence[Job[P, R]], results: Sequence[R | BaseException]) -> None:
+    """Complete the futures of jobs that were claimed, and tell each event loop once."""
+    told: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[R], R | BaseException]]] = {}
+    for job, result in zip(jobs, results, strict=True):
+        if isinstance(result, BaseException):
+            job.future.set_exception(result)
+        else:
+            job.future.set_result(result)
+        if job.waiter is not None:
+            told.setdefault(job.waiter.get_loop(), []).append((job.waiter, result))
+    for loop, answers in told.items():
+        with suppress(RuntimeError):  # a loop that is closed: nobody waits
+            loop.call_soon_threadsafe(_tell, answers)
+
+
+def _tell(answers: Iterable[tuple[asyncio.Future[R], R | BaseException]]) -> None:
+    """Complete futures on their event loop; those cancelled meanwhile stay so."""
+    for waiter, result in answers:
+        if waiter.done():
+            continue
+        if isinstance(result, BaseException):
+            waiter.set_exception(result)
+        else:
+            waiter.set_result(result)
+
+
+def _cancel_too(future: Future[R], waiter: asyncio.Future[R]) -> None:
+    if waiter.cancelled():
+        future.cancel()

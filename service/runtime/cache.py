@@ -75,6 +75,9 @@ class ModelCache(Generic[M]):
     def __iter__(self) -> Iterator[Entry[M]]:
         return iter(list(self._entries.values()))
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._entries
+
     @property
     def loading(self) -> tuple[str, ...]:
         """Keys of loads under way."""
@@ -185,6 +188,17 @@ class ModelCache(Generic[M]):
     def _forget(self, entry: Entry[M]) -> None:
         del entry.model
         self._released()
+
+    def resize(self, entry: Entry[M], now_bytes: int) -> None:
+        """Note that a model grew or shrank; idle others give way where the budget asks for it."""
+        if entry.bytes == now_bytes:
+            return
+        if entry.doomed:
+            self._doomed_bytes += now_bytes - entry.bytes
+        entry.bytes = now_bytes
+        while self.used_bytes > self.budget_bytes and self._evict_one():
+            pass
+        self._changed.set()
 
     def unload(self, key: str) -> bool:
         """Take a model out; True if it is gone at once, False if it goes with its last user.

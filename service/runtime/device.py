@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
+import os
 import sys
 from pathlib import Path
 
 import psutil
 import torch
 
+from service.errors import CannotStart
+
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+CGROUP_CPU = Path("/sys/fs/cgroup/cpu.max")
 CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
 
 
@@ -18,15 +23,16 @@ def pick_device(name: str) -> torch.device:
     """The device that `name` means; `auto` is CUDA if there is one, then MPS, then the CPU.
 
     Raises:
-        ValueError: a device that this machine has not. There is no fallback.
+        CannotStart: a device that this machine has not. There is no fallback.
     """
     if name == "auto":
         return torch.device(_best())
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name} is not there: {torch.cuda.device_count()} CUDA devices found")
+        found = f"{torch.cuda.device_count()} CUDA devices found"
+        raise CannotStart(f"BACKBONE_DEVICE: device {name} is not there: {found}")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device mps is not there")
+        raise CannotStart("BACKBONE_DEVICE: device mps is not there")
     return device
 
 
@@ -34,6 +40,15 @@ def _best() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def compute_in_float32() -> None:
+    """Have CUDA multiply and convolve in float32 where float32 is asked for, and not in TF32 as cuDNN would.
+
+    TF32 keeps 10 bits of the mantissa: numbers that depend on the batch by 1e-3.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def free_bytes(device: torch.device) -> int:
@@ -51,6 +66,22 @@ def _read_bytes(path: Path) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdigit() else None  # "max" is no limit
+
+
+def available_cores() -> int:
+    """Cores that this process may use: its affinity, within the container's own quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cpu_quota()
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def _cpu_quota() -> float | None:
+    """Cores that the container's quota comes to (cgroup v2's `cpu.max`: microseconds of each period)."""
+    try:
+        allowed, period = CGROUP_CPU.read_text().split()
+    except (OSError, ValueError):
+        return None
+    return int(allowed) / int(period) if allowed.isdigit() else None  # "max" is no limit
 
 
 def budget_bytes(setting: str, device: torch.device) -> int:

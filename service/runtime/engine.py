@@ -6,42 +6,28 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
-from functools import partial
+from dataclasses import fields
 from typing import Any, ParamSpec, TypeVar
 
 from service.backbones.catalogue import backbone_registry
 from service.checkpoints.resolve import CheckpointStore
 from service.config.files import ConfigCatalogue, named_in_errors
-from service.config.preprocess import parse_preprocess, resolve_preprocess
 from service.config.spec import WeightsRef
-from service.errors import DeadlineExceeded, ModelLoading, ServiceError
+from service.errors import DeadlineExceeded, ServiceError
 from service.metrics import Metrics
 from service.necks.catalogue import neck_registry
-from service.protocol.reply import FeatureReply, Timings
+from service.protocol.reply import FeatureReply, FloatArray, Timings
 from service.runtime.batcher import Batcher
-from service.runtime.cache import Entry, ModelCache
-from service.runtime.device import (
-    budget_bytes,
-    pick_device,
-    return_freed_memory,
-)
+from service.runtime.device import available_cores, compute_in_float32, pick_device
+from service.runtime.device_images import Upload, Uploads
+from service.runtime.engines.openvino_engine import Threads
 from service.runtime.fetches import Fetches
 from service.runtime.hub_models import is_hub_model, with_architecture
-from service.runtime.intake import Batch, Intake, Limits
-from service.runtime.model import (
-    NECK_PREFIX,
-    LoadedModel,
-    LoadedNeck,
-    LoadedNetwork,
-    Weights,
-    build_model,
-    build_neck,
-    build_plain_neck,
-    network_id,
-)
+from service.runtime.intake import Batch, ByteBatch, Intake, Limits
+from service.runtime.model import NECK_PREFIX, LoadedModel, LoadedNeck, Weights, network_id
+from service.runtime.networks import Networks
 from service.runtime.plan import (
     SIZE_ERRORS,
     SIZE_POINTER,
@@ -51,8 +37,9 @@ from service.runtime.plan import (
     pooled_shapes,
 )
 from service.runtime.postprocess import refuse_pool
+from service.runtime.precision import ALL, native_precisions, refuse_emulated
 from service.runtime.query import FeatureQuery, Prepared, fingerprint
-from service.runtime.report import loading_entry, model_entry, model_info, reply_levels
+from service.runtime.report import model_info, reply_levels
 from service.runtime.threads import on_thread, until
 from service.runtime.work import DeviceRunner, Done, Work, WorkJob
 from service.settings import Settings
@@ -62,40 +49,48 @@ T = TypeVar("T")
 Shapes = Sequence[tuple[int, ...]]
 STUCK_AFTER_S = 120.0
 CONNECT_TIMEOUT_S = 3.0
+# Bytes of images whose digest takes less than handing them to another thread.
+MAX_DIGESTED_AT_ONCE = 200_000
+# Bytes of pixels whose copy to pinned memory takes less than handing them to another thread.
+MAX_UPLOADED_AT_ONCE = 1_000_000
 log = logging.getLogger("service.engine")
 
 
 class Engine:
-    """Everything behind the API. Call `start` and `stop` inside a running event loop."""
+    """Everything behind the API. Call `start` and `stop` inside a running event loop.
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+    Args:
+        takes_bytes: whether images go to the device as bytes and are normalised there; None where that is faster.
+    """
+
+    def __init__(self, settings: Settings, metrics: Metrics, *, takes_bytes: bool | None = None) -> None:
         self.settings = settings
         self.metrics = metrics
         self.draining = False
+        self._stages = {stage.name: metrics.stage_seconds.labels(stage.name) for stage in fields(Timings)}
         self.device = pick_device(settings.device)
+        if self.device.type == "cuda":
+            compute_in_float32()
+        self.precisions = ALL if settings.emulate_precision else native_precisions(self.device)
         self.planner = Planner(backbone_registry(), neck_registry(), ConfigCatalogue(settings.config_dir))
         self.store = _checkpoint_store(settings)
         self._codecs = ThreadPoolExecutor(settings.decode_threads or os.cpu_count() or 1, "codec")
         self._plans = ThreadPoolExecutor(2, "planner")
         self._fetches = ThreadPoolExecutor(4, "fetch")
-        self._loader = ThreadPoolExecutor(1, "loader")
         self.checkpoints = Fetches(self.store, self._fetches)
         limits = Limits(settings.max_pixels, settings.max_images, settings.max_body_bytes // 4)
         self._intake = Intake(self._codecs, limits)
-        self.cache: ModelCache[LoadedNetwork] = ModelCache(
-            budget_bytes=budget_bytes(settings.model_budget, self.device),
-            min_residency_s=settings.min_residency,
-            executor=self._loader,
-            released=lambda: return_freed_memory(self.device),
-            wait_s=settings.request_timeout,
-        )
+        self._takes_bytes = self.device.type == "cuda" if takes_bytes is None else takes_bytes
+        self._uploads = Uploads(self.device)
+        self.networks = Networks(settings, self.device, metrics)
+        cores = available_cores()
         self.batcher: Batcher[Work, Done] = Batcher(
-            DeviceRunner(self.device, settings.max_batch),
+            DeviceRunner(settings.max_batch, cores),
+            lanes=1 if self.networks.promotions is None else Threads.of(cores).streams,
             max_batch=settings.max_batch,
             queue_size=settings.queue_size,
             observe=self._observe_batch,
         )
-        self._loads: dict[str, dict[str, Any]] = {}
         self._warming: asyncio.Task[None] | None = None
         self._not_warm: str | None = "models are being loaded" if settings.warm else None
 
@@ -107,20 +102,21 @@ class Engine:
         Args:
             extra: whatever else decides the bytes of the reply; it goes into the fingerprint.
         """
+        refuse_emulated(query.precision, self.precisions, self.device)
         deadline = time.monotonic() + self.settings.request_timeout
         async with until(
             deadline, DeadlineExceeded("the deadline passed while the config was being resolved")
         ):
             plan = await self.plan(query.backbone, query.neck, query.preprocess)
-            defaults = [plan.config.input_defaults(), plan.description.input]
             with named_in_errors(_name(query.backbone)):
-                spec = resolve_preprocess(parse_preprocess(plan.preprocess), defaults)
+                spec = plan.spec
         weights = await self._found(plan.weights, plan.type, deadline)
         neck_type = plan.type if plan.neck is None else plan.neck.type
         neck_weights = await self._found(_neck_ref(plan), neck_type, deadline)
-        identity = network_id(plan.config.key(), weights)
-        parts = (query, plan, spec, identity, neck_weights, extra)
-        digest = await on_thread(self._codecs, fingerprint, *parts)
+        identity = network_id(plan.key, weights)
+        parts = (query, plan, identity, neck_weights, extra)
+        is_small = query.bytes <= MAX_DIGESTED_AT_ONCE
+        digest = fingerprint(*parts) if is_small else await on_thread(self._codecs, fingerprint, *parts)
         return Prepared(query, plan, spec, weights, neck_weights, identity, digest, deadline)
 
     async def plan(self, backbone: Any, neck: Any = None, preprocess: Any = None) -> Plan:
@@ -172,7 +168,7 @@ class Engine:
             shapes = pooled_shapes(levels, len(batch.infos), prepared.query.pool)
             refuse_reply(shapes, [level.fact.name for level in levels])
         clock.lap("decode")
-        async with self._leased(prepared) as (_, model, neck):
+        async with self.networks.leased(prepared, _size(batch)) as (_, model, neck):
             clock.lap("load")
             async with until(prepared.deadline, late):
                 done = await self._compute(prepared, batch, levels, model, neck)
@@ -192,13 +188,23 @@ class Engine:
         """Run an encoder off the event loop."""
         return await on_thread(self._codecs, encode)
 
-    async def _batch(self, prepared: Prepared) -> Batch:
+    async def _batch(self, prepared: Prepared) -> Batch | ByteBatch:
         query, channels = prepared.query, prepared.plan.description.in_channels
         if query.tensor is not None:
             return await self._intake.tensor(query.tensor, channels)
+        if self._takes_bytes:
+            return await self._intake.byte_images(query.images, prepared.spec, channels)
         return await self._intake.images(query.images, prepared.spec, channels)
 
-    async def _levels(self, prepared: Prepared, batch: Batch) -> tuple[LevelShape, ...]:
+    async def _on_the_way(self, batch: Batch | ByteBatch) -> FloatArray | Upload:
+        """What the device worker takes; bytes are sent ahead, so that they are there when their turn comes."""
+        if isinstance(batch, Batch):
+            return batch.images
+        if batch.images.nbytes <= MAX_UPLOADED_AT_ONCE:
+            return self._uploads.begin(batch)
+        return await on_thread(self._codecs, self._uploads.begin, batch)
+
+    async def _levels(self, prepared: Prepared, batch: Batch | ByteBatch) -> tuple[LevelShape, ...]:
         """What the levels will be. What cannot run is refused here, before a model is loaded for it."""
         plan = prepared.plan
         height, width = batch.images.shape[2:]
@@ -218,7 +224,7 @@ class Engine:
     async def _compute(
         self,
         prepared: Prepared,
-        batch: Batch,
+        batch: Batch | ByteBatch,
         levels: Sequence[LevelShape],
         model: LoadedModel,
         neck: LoadedNeck | None,
@@ -231,18 +237,19 @@ class Engine:
             layouts=tuple(level.fact.layout for level in levels),
             levels=plan.levels,
             prefix_tokens=plan.description.prefix_tokens,
-            images=batch.images,
+            images=await self._on_the_way(batch),
             precision=query.precision,
             pool=query.pool,
             normalize=query.normalize,
             dtype=query.dtype,
             valid=batch.valid,
         )
-        group = (model.id, batch.images.shape[1:], query.precision)
-        job: WorkJob = WorkJob(group, len(batch.infos), work, prepared.deadline)
-        self.batcher.submit(job)
+        alike = tuple(sorted(set(plan.nodes))) if model.engine.by_nodes else ()
+        group = (model.id, model.engine.name, batch.images.shape[1:], query.precision, alike)
+        concurrent = model.engine.concurrent and neck is None
+        job: WorkJob = WorkJob(group, len(batch.infos), work, prepared.deadline, model.id, concurrent)
         try:
-            return await asyncio.wrap_future(job.future)
+            return await self.batcher.submit_async(job)
         except SIZE_ERRORS:
             height, width = batch.images.shape[2:]
             # Says so if it is the size that the architecture does not take; any other failure is ours.
@@ -251,96 +258,29 @@ class Engine:
 
     # --- models ---------------------------------------------------------------------------------
 
-    @asynccontextmanager
-    async def _leased(
-        self, prepared: Prepared
-    ) -> AsyncIterator[tuple[Entry[LoadedNetwork], LoadedModel, LoadedNeck | None]]:
-        """The networks of a query, loaded if need be; the deadline ends the wait, not the load."""
-        plan, weights = prepared.plan, prepared.weights
-        build = partial(build_model, plan, weights, self.device)
-        self._note_load(prepared.model_id, plan.type, weights)
-        async with self._lease(prepared.model_id, plan.description.bytes, build, prepared.deadline) as entry:
-            model = entry.model
-            assert isinstance(model, LoadedModel)
-            model.refuse_unfilled(plan.levels, plan.weights.pointer if plan.weights else "#/backbone")
-            async with self._leased_neck(prepared) as neck:
-                yield entry, model, neck
-
-    @asynccontextmanager
-    async def _leased_neck(self, prepared: Prepared) -> AsyncIterator[LoadedNeck | None]:
-        """The neck of a query. One without weights is made anew: it costs nothing and is in no list."""
-        plan, weights = prepared.plan.neck, prepared.neck_weights
-        if plan is None:
-            yield None
-        elif not plan.description.parameters:
-            yield build_plain_neck(plan, self.device)
-        else:
-            build = partial(build_neck, plan, weights, self.device)
-            key = network_id(plan.key, weights)
-            self._note_load(key, plan.type, weights)
-            async with self._lease(key, plan.description.bytes, build, prepared.deadline) as entry:
-                assert isinstance(entry.model, LoadedNeck)
-                yield entry.model
-
-    @asynccontextmanager
-    async def _lease(
-        self, key: str, needed_bytes: int, build: Callable[[], LoadedNetwork], deadline: float
-    ) -> AsyncIterator[Entry[LoadedNetwork]]:
-        loading = ModelLoading("the model is still loading; ask again", retry_after_s=5)
-        lease = self.cache.lease(key, needed_bytes, partial(self._counted, build))
-        async with until(deadline, loading):
-            entry = await lease.__aenter__()
-        try:
-            yield entry
-        finally:
-            await lease.__aexit__(None, None, None)
-
-    def _note_load(self, key: str, type_name: str, weights: Weights | None) -> None:
-        """Remember what a load is of, for as long as it is under way."""
-        under_way = set(self.cache.loading)
-        self._loads = {known: fact for known, fact in self._loads.items() if known in under_way}
-        self._loads.setdefault(key, loading_entry(key, type_name, weights))
-
-    def _counted(self, build: Callable[[], LoadedNetwork]) -> tuple[LoadedNetwork, int]:
-        """A load, counted by how it went."""
-        outcome = "failed"
-        try:
-            network = build()
-            outcome = "loaded"
-        finally:
-            self.metrics.loads.labels(outcome).inc()
-        return network, network.bytes
-
     async def load(
         self, backbone: Any, neck: Any = None, preprocess: Any = None
     ) -> tuple[dict[str, Any], bool]:
         """Load what a config builds and run it once; its entry of `GET /models`, and whether it is new."""
         prepared = await self.prepare(FeatureQuery(backbone, neck=neck, preprocess=preprocess))
-        fresh = all(entry.key != prepared.model_id for entry in self.cache)
-        async with self._leased(prepared) as (entry, model, neck):
-            if fresh:
-                await self._run_once(prepared, model, neck)
-            return model_entry(entry), fresh
-
-    async def _run_once(self, prepared: Prepared, model: LoadedModel, neck: LoadedNeck | None) -> None:
-        """Compute one blank image, so that the first real one does not pay for what is set up lazily."""
-        size = prepared.spec.size or prepared.plan.input_size
-        batch = Batch.blank(prepared.plan.description.in_channels, size)
-        levels = await self._levels(prepared, batch)
-        await self._compute(prepared, batch, levels, model, neck)
+        fresh = not self.networks.holds(prepared.model_id)
+        batch = Batch.blank(
+            prepared.plan.description.in_channels, prepared.spec.size or prepared.plan.input_size
+        )
+        async with self.networks.leased(prepared, _size(batch)) as (entry, model, neck):
+            if fresh:  # so that the first real image does not pay for what is set up lazily
+                levels = await self._levels(prepared, batch)
+                await self._compute(prepared, batch, levels, model, neck)
+            return self.networks.describe(entry), fresh
 
     def model_list(self) -> dict[str, Any]:
         """What is in memory and what is on its way there, and the budget."""
-        entries = sorted(self.cache, key=lambda entry: entry.last_used, reverse=True)
         return {
-            "models": [model_entry(entry) for entry in entries],
-            "loading": [
-                *self.checkpoints.describe(),
-                *(self._loads[key] for key in self.cache.loading if key in self._loads),
-            ],
+            "models": self.networks.describe_all(),
+            "loading": [*self.checkpoints.describe(), *self.networks.loading()],
             "budget": {
-                "bytes": self.cache.budget_bytes,
-                "used": self.cache.used_bytes,
+                "bytes": self.networks.cache.budget_bytes,
+                "used": self.networks.cache.used_bytes,
                 "device": str(self.device),
             },
         }
@@ -381,30 +321,40 @@ class Engine:
         if self._warming is not None:
             self._warming.cancel()
         self.checkpoints.stop()
+        await self.networks.stop()
         await asyncio.to_thread(self.batcher.stop)
-        for executor in (self._codecs, self._plans, self._fetches, self._loader):
+        for executor in (self._codecs, self._plans, self._fetches):
             executor.shutdown(wait=False, cancel_futures=True)
 
     # --- numbers --------------------------------------------------------------------------------
 
-    def _observe_batch(self, images: int, seconds: float) -> None:
-        del seconds  # each request's own forward time is observed with its stages
+    def _observe_batch(self, model: Hashable, images: int, seconds: float) -> None:
+        del (
+            model,
+            seconds,
+        )  # a client's text is no label, and each request's own forward time is with its stages
         self.metrics.batch_images.observe(images)
 
     def _observe_stages(self, seconds: dict[str, float]) -> None:
         for stage, spent in seconds.items():
-            self.metrics.stage_seconds.labels(stage).observe(spent)
+            self._stages[stage].observe(spent)
 
     def metrics_text(self) -> bytes:
         """Prometheus text; gauges are read when asked for."""
-        self.metrics.models.set(len(list(self.cache)))
-        self.metrics.model_bytes.set(self.cache.used_bytes)
-        self.metrics.budget_bytes.set(self.cache.budget_bytes)
-        self.metrics.evictions.set(self.cache.evictions)
+        self.metrics.models.set(len(list(self.networks.cache)))
+        self.metrics.model_bytes.set(self.networks.cache.used_bytes)
+        self.metrics.budget_bytes.set(self.networks.cache.budget_bytes)
+        self.metrics.evictions.set(self.networks.cache.evictions)
         self.metrics.queue_images.set(self.batcher.waiting_images)
         self.metrics.downloads.set(len(self.store.transfers))
         self.metrics.fetched_bytes.set(self.store.fetched_bytes)
         return self.metrics.text()
+
+
+def _size(batch: Batch | ByteBatch) -> tuple[int, int]:
+    """[height, width] of what the network sees."""
+    height, width = batch.images.shape[2:]
+    return height, width
 
 
 def _size_pointer(query: FeatureQuery) -> str:

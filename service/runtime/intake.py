@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from service.config.preprocess import PreprocessSpec
 from service.errors import InvalidConfig, TooLarge
-from service.images.decode import decode_image
+from service.images.decode import DecodedImage, decode_image
 from service.images.tensors import read_npy
-from service.images.transforms import TransformedImage, planned_size, stack_images, transform_image
+from service.images.transforms import (
+    TransformedImage,
+    enough_pixels,
+    fit_image,
+    planned_size,
+    scale_and_shift,
+    stack_images,
+    transform_image,
+)
 from service.protocol.reply import FloatArray, ImageInfo
 from service.runtime.threads import on_thread
 
@@ -38,6 +49,21 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class ByteBatch:
+    """The images of one request before they are normalised: a quarter of the bytes on their way to a device.
+
+    `images` is [n, 3, h, w], uint8; `scale` and `shift` are [3], float32: a byte times the one plus the other is
+    what the network takes, but for padding, which is zero. `infos` and `valid` as in `Batch`.
+    """
+
+    images: npt.NDArray[np.uint8]
+    scale: npt.NDArray[np.float32]
+    shift: npt.NDArray[np.float32]
+    infos: tuple[ImageInfo, ...]
+    valid: tuple[tuple[float, float], ...] | None
+
+
+@dataclass(frozen=True)
 class Limits:
     """What one request may bring."""
 
@@ -52,6 +78,10 @@ class _Image:
     width: int
     height: int
     format: str
+
+
+T = TypeVar("T")
+Transform = Callable[[DecodedImage, PreprocessSpec], TransformedImage]
 
 
 class Intake:
@@ -75,16 +105,35 @@ class Intake:
         Raises:
             UndecodableImage, UnsupportedMedia, TooLarge, InvalidConfig: what is wrong with one of them.
         """
+        return await self._stacked(encoded, spec, channels, transform_image, partial(_batch, spec=spec))
+
+    async def byte_images(self, encoded: Sequence[bytes], spec: PreprocessSpec, channels: int) -> ByteBatch:
+        """As `images`, but not yet normalised.
+
+        Raises:
+            UndecodableImage, UnsupportedMedia, TooLarge, InvalidConfig: what is wrong with one of them.
+        """
+        return await self._stacked(encoded, spec, channels, fit_image, partial(_byte_batch, spec=spec))
+
+    async def _stacked(
+        self,
+        encoded: Sequence[bytes],
+        spec: PreprocessSpec,
+        channels: int,
+        transform: Transform,
+        stack: Callable[[Sequence[_Image]], T],
+    ) -> T:
+        """Decoded side by side, then stacked; one image is decoded and stacked in one go."""
         if channels != 3:
             detail = f"images have 3 channels, this backbone takes {channels}: send a tensor"
             raise InvalidConfig("#/backbone", detail)
-        jobs = [
-            on_thread(self._executor, self._decode, data, index, spec) for index, data in enumerate(encoded)
-        ]
+        decode = partial(self._decode, spec=spec, transform=transform)
+        if len(encoded) == 1:
+            return await on_thread(self._executor, lambda: stack([decode(encoded[0], 0)]))
+        jobs = [on_thread(self._executor, decode, data, index) for index, data in enumerate(encoded)]
         decoded = await asyncio.gather(*jobs)
-        sizes = [image.transformed.array.shape[1:] for image in decoded]
-        self._refuse_pixels(sizes, spec.size_divisor)
-        return await on_thread(self._executor, _stack, decoded, spec)
+        self._refuse_pixels([image.transformed.valid for image in decoded], spec.size_divisor)
+        return await on_thread(self._executor, stack, decoded)
 
     def _read_tensor(self, data: bytes, channels: int) -> Batch:
         tensor = read_npy(data, max_elements=self._limits.max_elements)
@@ -98,10 +147,11 @@ class Intake:
         info = ImageInfo(width, height, "tensor", (height, width), (height, width))
         return Batch(tensor, (info,) * count, None)
 
-    def _decode(self, data: bytes, index: int, spec: PreprocessSpec) -> _Image:
-        image = decode_image(data, index=index, max_pixels=self._limits.max_pixels)
+    def _decode(self, data: bytes, index: int, spec: PreprocessSpec, transform: Transform) -> _Image:
+        enough = partial(enough_pixels, spec=spec) if spec.fast_decode else None
+        image = decode_image(data, index=index, max_pixels=self._limits.max_pixels, enough=enough)
         self._refuse_pixels([planned_size(image.width, image.height, spec)], spec.size_divisor)
-        return _Image(transform_image(image, spec), image.width, image.height, image.format)
+        return _Image(transform(image, spec), image.width, image.height, image.format)
 
     def _refuse_pixels(self, sizes: Sequence[Sequence[int]], divisor: int) -> None:
         """Refuse images that together, padded to the largest, have more pixels than one request may."""
@@ -113,13 +163,28 @@ class Intake:
             raise TooLarge(f"{count}{width}x{height} after preprocessing exceed {limit}")
 
 
-def _stack(images: Sequence[_Image], spec: PreprocessSpec) -> Batch:
+def _batch(images: Sequence[_Image], spec: PreprocessSpec) -> Batch:
     stacked = stack_images([image.transformed for image in images], spec)
-    height, width = stacked.shape[2:]
+    return Batch(stacked.astype(np.float32, copy=False), *_described(images, stacked.shape[2:]))
+
+
+def _byte_batch(images: Sequence[_Image], spec: PreprocessSpec) -> ByteBatch:
+    stacked = stack_images([image.transformed for image in images], spec)
+    pixels = np.require(
+        stacked, np.uint8, ("C", "W")
+    )  # one image is a view, and may be of what the decoder keeps
+    return ByteBatch(pixels, *scale_and_shift(spec), *_described(images, stacked.shape[2:]))
+
+
+def _described(
+    images: Sequence[_Image], size: Sequence[int]
+) -> tuple[tuple[ImageInfo, ...], tuple[tuple[float, float], ...] | None]:
+    """`infos` and `valid` of a batch of images stacked to [height, width]."""
+    height, width = size
     infos = tuple(
         ImageInfo(image.width, image.height, image.format, (height, width), image.transformed.valid)
         for image in images
     )
     padded = any(info.valid != (height, width) for info in infos)
     valid = tuple((info.valid[0] / height, info.valid[1] / width) for info in infos) if padded else None
-    return Batch(stacked, infos, valid)
+    return infos, valid

@@ -6,22 +6,23 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from service.backbones.base import Backbone
 from service.backbones.translation import load_any
 from service.checkpoints.read import StateDict, read_checkpoint
 from service.checkpoints.resolve import CheckpointFile
 from service.config.spec import Level, LoadedKeys, WeightsRef
 from service.errors import CheckpointMismatch
 from service.necks.base import Neck
+from service.runtime.engines.base import BackboneEngine
+from service.runtime.engines.inductor import InductorEngine
+from service.runtime.engines.samples import Samples
+from service.runtime.engines.torch_engine import TorchEngine, module_bytes
 from service.runtime.plan import NeckPlan, Plan
 
-Precision = Literal["float32", "bfloat16", "float16"]
-AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 ID_LENGTH = 20
 NECK_PREFIX = "neck."
 N = TypeVar("N", bound=nn.Module)
@@ -48,9 +49,21 @@ class LoadedNeck(LoadedNetwork):
 
 @dataclass
 class LoadedModel(LoadedNetwork):
-    """A backbone in memory."""
+    """A backbone in memory, and what runs it.
 
-    backbone: Backbone
+    Attributes:
+        samples: keeps some of its answers while another engine is tried.
+        compiled: what was compiled of it for single shapes, beside `engine`.
+    """
+
+    engine: BackboneEngine
+    samples: Samples | None = None
+    compiled: InductorEngine | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """What it takes of the device's memory now."""
+        return self.engine.bytes if self.compiled is None else self.compiled.bytes
 
     def refuse_unfilled(self, levels: Sequence[Level], pointer: str) -> None:
         """Refuse levels that depend on weights which the checkpoint has not.
@@ -58,22 +71,13 @@ class LoadedModel(LoadedNetwork):
         Raises:
             CheckpointMismatch: names those weights.
         """
-        missing = set(self.keys.missing)
-        for level in levels if missing else ():
-            needed = sorted(missing & self.backbone.needs(level.node))
+        for level in levels if self.keys.missing else ():
+            needed = self.engine.needs_missing(level.node)
             if needed:
                 detail = (
                     f"level {level.name} needs weights that the checkpoint has not: {', '.join(needed[:8])}"
                 )
                 raise CheckpointMismatch(pointer, detail, missing=needed)
-
-    @torch.inference_mode()
-    def run(self, images: Tensor, nodes: Sequence[str], precision: Precision) -> dict[str, Tensor]:
-        """Features of [n, c, h, w] images on this model's device, as float32."""
-        dtype = AUTOCAST.get(precision)
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            found = self.backbone(images, nodes)
-        return {node: feature.float() for node, feature in found.items()}
 
 
 @dataclass(frozen=True)
@@ -105,17 +109,16 @@ def seeded(key: str) -> Iterator[None]:
 
 def build_model(plan: Plan, weights: Weights | None, device: torch.device) -> LoadedModel:
     """Build a backbone, fill it from its checkpoint or at random, and place it."""
-    key = plan.config.key()
+    key = plan.key
     with seeded(key):
         if weights is None:
             backbone, keys = plan.family.build(plan.config), LoadedKeys(0)
         else:
             state = read_checkpoint(weights.file.path, pointer=weights.ref.pointer)
             backbone, keys = load_any(plan.family, plan.config, state, weights.ref)
-    placed = _placed(backbone, device)
-    size = module_bytes(placed)
+    engine = TorchEngine(_placed(backbone, device), device, keys.missing)
     file = weights.file if weights is not None else None
-    return LoadedModel(network_id(key, weights), plan.type, size, device, file, keys, placed)
+    return LoadedModel(network_id(key, weights), plan.type, engine.bytes, device, file, keys, engine)
 
 
 def build_neck(plan: NeckPlan, weights: Weights | None, device: torch.device) -> LoadedNeck:
@@ -153,9 +156,3 @@ def has_neck(state: StateDict) -> bool:
 
 def _placed(network: N, device: torch.device) -> N:
     return network.eval().requires_grad_(requires_grad=False).to(device)
-
-
-def module_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters and buffers, shared ones counted once."""
-    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

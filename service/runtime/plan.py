@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import orjson
@@ -15,11 +16,13 @@ import torch
 from pydantic import ValidationError
 
 from service.backbones.base import Backbone, BackboneConfig, Family
-from service.backbones.building import initialised, shapes_only
+from service.backbones.building import initialised
 from service.backbones.lazyconfig import from_lazyconfig
 from service.backbones.registry import Registry, Resolved, json_type
+from service.backbones.shapes import shapes_only
 from service.checkpoints.published import own_prefix
 from service.config.files import ConfigCatalogue, NamedConfig
+from service.config.preprocess import PreprocessSpec, parse_preprocess, resolve_preprocess
 from service.config.spec import Description, FeatureInfo, Freeze, FreezeReport, Layout, Level, WeightsRef
 from service.errors import CheckpointMismatch, InvalidConfig
 from service.necks.base import LevelFacts, NeckConfig, NeckDescription, NeckFamily, WeightedNeckConfig
@@ -75,7 +78,7 @@ class NeckPlan:
     inputs: tuple[LevelFacts, ...]
     description: NeckDescription
 
-    @property
+    @cached_property
     def key(self) -> str:
         """A digest of everything that decides its network."""
         return hashlib.sha256(f"{self.config.key()}:{self.inputs}".encode()).hexdigest()
@@ -83,8 +86,12 @@ class NeckPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A request's config, resolved: what to build, what to return, what counts as frozen."""
+    """A request's config, resolved: what to build, what to return, what counts as frozen.
 
+    `backbone` is the config that it was resolved from.
+    """
+
+    backbone: Any
     type: str
     family: Family[Any]
     config: BackboneConfig
@@ -95,10 +102,31 @@ class Plan:
     preprocess: Any
     neck: NeckPlan | None = None
 
-    @property
+    @cached_property
+    def key(self) -> str:
+        """A digest of the architecture (`NetworkConfig.key`)."""
+        return self.config.key()
+
+    @cached_property
     def nodes(self) -> tuple[str, ...]:
         """The nodes of the backbone that the levels need."""
         return tuple(level.node for level in self.levels)
+
+    @cached_property
+    def answer_key(self) -> bytes:
+        """A digest of what decides an answer beside the networks' weights, the image and how it is prepared."""
+        parts = (self.key, self.levels, self.config.freeze(), self.neck and self.neck.key)
+        return hashlib.sha256(repr(parts).encode()).digest()
+
+    @cached_property
+    def spec(self) -> PreprocessSpec:
+        """How images are prepared: as the request says, else as the checkpoint, the architecture, ImageNet.
+
+        Raises:
+            InvalidConfig: the request says it wrongly.
+        """
+        defaults = [self.config.input_defaults(), self.description.input]
+        return resolve_preprocess(parse_preprocess(self.preprocess), defaults)
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -147,6 +175,7 @@ class Planner:
         config = _configure(resolved, backbone)
         description = self.describe(resolved.family, config)
         plan = Plan(
+            backbone=backbone,
             type=config.type,
             family=resolved.family,
             config=config,
@@ -350,7 +379,7 @@ def _digest(*parts: Any) -> bytes:
 
 
 def _shape_key(plan: Plan, size: tuple[int, int]) -> Hashable:
-    return plan.config.key(), plan.levels, plan.neck and plan.neck.key, size
+    return plan.key, plan.levels, plan.neck and plan.neck.key, size
 
 
 def _completed(named: NamedConfig, neck: Any, preprocess: Any) -> tuple[Mapping[str, Any], Any, Any]:

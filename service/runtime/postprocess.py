@@ -1,4 +1,4 @@
-"""What happens to a level between the backbone and the wire: pooling, normalising, the dtype of the reply."""
+"""What happens to a level between the backbone and the reply: pooling and normalising."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from service.config.spec import Layout
-from service.errors import InvalidConfig, NonFiniteLevel
+from service.errors import InvalidConfig
 from service.necks.base import LevelFacts
-from service.protocol.reply import FloatArray
 
 Pool = Literal["none", "avg", "max", "gem", "cls"]
 GEM_POWER = 3.0
 GEM_FLOOR = 1e-6
+# The smallest number that rounds to infinity in float16.
+FLOAT16_OVERFLOW = 65520.0
 
 
 def _gem(positions: Tensor) -> Tensor:
@@ -78,19 +79,3 @@ def pool_level(
 def normalize_level(feature: Tensor, layout: Layout) -> Tensor:
     """L2 over channels; pooled features are [n, c], whatever their layout was."""
     return F.normalize(feature, dim=-1 if layout == "NLC" else 1)
-
-
-def to_array(feature: Tensor, dtype: Literal["float32", "float16"], name: str) -> FloatArray:
-    """A level as a contiguous array in the memory of the host.
-
-    Raises:
-        NonFiniteLevel: NaN or infinity, or a number that float16 cannot hold.
-    """
-    if not torch.isfinite(feature).all():
-        raise NonFiniteLevel(f"level {name} holds NaN or infinity")
-    if dtype == "float16":
-        feature = feature.half()
-        if not torch.isfinite(feature).all():
-            raise NonFiniteLevel(f"level {name} goes beyond what float16 holds (65504); ask for float32")
-    array: FloatArray = feature.contiguous().cpu().numpy()
-    return array

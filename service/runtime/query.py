@@ -6,10 +6,9 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import orjson
-
 from service.config.preprocess import PreprocessSpec
-from service.runtime.model import Precision, Weights, network_id
+from service.config.spec import Precision
+from service.runtime.model import Weights, network_id
 from service.runtime.plan import Plan
 from service.runtime.postprocess import Pool
 
@@ -27,6 +26,11 @@ class FeatureQuery:
     dtype: Literal["float32", "float16"] = "float32"
     pool: Pool = "none"
     normalize: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """Of its images or its tensor, as they came."""
+        return len(self.tensor or b"") + sum(len(image) for image in self.images)
 
 
 @dataclass(frozen=True)
@@ -46,25 +50,27 @@ class Prepared:
 def fingerprint(
     query: FeatureQuery,
     plan: Plan,
-    spec: PreprocessSpec,
     identity: str,
     neck_weights: Weights | None,
     extra: str,
 ) -> str:
-    """A digest of everything that decides the answer: weights, config, images, and how they are prepared."""
-    parts = [
+    """A digest of everything that decides the answer: weights, config, images, and how they are prepared.
+
+    The engine is no part of it: all of them give the same numbers to within the tolerance that is promised, and the
+    ETag that this becomes is a weak one.
+    """
+    parts = (
         identity,
-        repr(plan.levels),
-        repr(plan.config.freeze()),
         None if plan.neck is None else network_id(plan.neck.key, neck_weights),
         query.precision,
         query.dtype,
         query.pool,
         query.normalize,
-        spec.as_json() if query.tensor is None else None,
+        plan.spec.as_json() if query.tensor is None else None,
         extra,
-    ]
-    digest = hashlib.sha256(orjson.dumps(parts))
+    )
+    digest = hashlib.sha256(plan.answer_key)
+    digest.update(repr(parts).encode())
     for data in (query.tensor or b"", *query.images):
         digest.update(hashlib.sha256(data).digest())
     return digest.hexdigest()[:32]

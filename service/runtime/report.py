@@ -35,13 +35,13 @@ def reply_levels(
 def model_entry(entry: Entry[LoadedNetwork]) -> dict[str, Any]:
     network = entry.model
     return {
-        "id": entry.key,
+        "id": network.id,
         "type": network.type,
         "device": str(network.device),
         "dtype": "float32",
         "bytes": entry.bytes,
         "weights": _weights_info(network, network.checkpoint).describe(),
-        "engine": "torch",
+        "engine": network.engine.name if isinstance(network, LoadedModel) else "torch",
         "hits": entry.hits,
         "in_use": entry.leases,
         "last_used": entry.last_used,
@@ -69,6 +69,7 @@ def model_info(prepared: Prepared, model: LoadedModel, neck: LoadedNeck | None) 
         id=model.id,
         type=prepared.plan.type,
         device=str(model.device),
+        engine=model.engine.name,
         precision=prepared.query.precision,
         weights=_weights_info(model, _asked(prepared.weights)),
         frozen=frozen,

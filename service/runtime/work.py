@@ -11,22 +11,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from service.config.spec import Layout, Level
+from service.config.spec import Layout, Level, Precision
 from service.errors import ServiceError
 from service.necks.base import Neck
 from service.protocol.reply import FloatArray
-from service.runtime.batcher import Job
-from service.runtime.model import LoadedModel, Precision
+from service.runtime.batcher import Job, Pace
+from service.runtime.device_images import Upload
+from service.runtime.engines.base import on_device
+from service.runtime.host_copies import HostCopy, wait_for_copies
+from service.runtime.model import LoadedModel
 from service.runtime.plan import SIZE_ERRORS
-from service.runtime.postprocess import Pool, normalize_level, pool_level, to_array
+from service.runtime.postprocess import Pool, normalize_level, pool_level
 
 
 @dataclass(frozen=True)
 class Work:
-    """One request for the device: images [n, c, h, w] float32, and what to make of the levels.
+    """One request for the device: images [n, c, h, w], and what to make of the levels.
 
-    `names` and `layouts` are those of the levels before pooling. `valid` is each image's
-    fraction of height and width that is not padding, None if nothing is padding.
+    The images are float32 on the host, or bytes on their way to the device. `names` and `layouts` are those of the
+    levels before pooling. `valid` is each image's fraction of height and width that is not padding, None if nothing
+    is padding.
     """
 
     model: LoadedModel
@@ -35,7 +39,7 @@ class Work:
     layouts: tuple[Layout, ...]
     levels: tuple[Level, ...]
     prefix_tokens: int
-    images: FloatArray
+    images: FloatArray | Upload
     precision: Precision
     pool: Pool
     normalize: bool
@@ -53,61 +57,97 @@ class Done:
 
 
 WorkJob = Job[Work, Done]
+Begun = tuple[HostCopy, ...] | BaseException
 
 
 class DeviceRunner:
-    """Runs batches of one model on one device."""
+    """Runs batches, each of one model.
 
-    def __init__(self, device: torch.device, max_batch: int) -> None:
-        self._device = device
+    Args:
+        max_batch: images in one forward pass; a request of more is split.
+        cores: threads that torch may use.
+    """
+
+    def __init__(self, max_batch: int, cores: int) -> None:
         self._max_batch = max_batch
+        self._cores = cores
 
-    def __call__(self, jobs: Sequence[WorkJob]) -> list[Done | BaseException]:
+    def __call__(self, jobs: Sequence[WorkJob], pace: Pace) -> list[Done | BaseException]:
         """Run one batch; the jobs share model, neck, input shape and precision."""
         started = time.monotonic()
-        features = self._forward([job.payload for job in jobs])
-        results: list[Done | BaseException] = []
+        # Beside OpenVINO's threads those of torch would only be in the way; what is left for it is small.
+        use_threads(self._cores if pace.lane == 0 and not jobs[0].concurrent else 1)
+        features = self._forward([job.payload for job in jobs], pace)
+        begun: list[Begun] = []
         first = 0
         for job in jobs:
             own = {node: feature[first : first + job.images] for node, feature in features.items()}
             first += job.images
-            results.append(_finish(job, own, started))
-        return results
+            begun.append(_begin(job.payload, own))
+        wait_for_copies(jobs[0].payload.model.device)
+        return [_finish(job, copies, started) for job, copies in zip(jobs, begun, strict=True)]
 
-    def _forward(self, works: Sequence[Work]) -> dict[str, Tensor]:
+    def _forward(self, works: Sequence[Work], pace: Pace) -> dict[str, Tensor]:
         """Features of all images; levels that any of the requests asks for."""
         model, precision = works[0].model, works[0].precision
         nodes = tuple(dict.fromkeys(level.node for work in works for level in work.levels))
-        images = works[0].images if len(works) == 1 else np.concatenate([work.images for work in works])
-        tensor = torch.from_numpy(images)
+        images = _joined([work.images for work in works])
         chunks = [
-            model.run(chunk.to(self._device, non_blocking=True), nodes, precision)
-            for chunk in torch.split(tensor, self._max_batch)
+            model.engine.run(images[first : first + self._max_batch], nodes, precision, crowded=pace.crowded)
+            for first in range(0, len(images), self._max_batch)
         ]
+        if model.samples is not None:
+            model.samples.offer(images, chunks[0], precision)
         if len(chunks) == 1:
             return chunks[0]
         return {node: torch.cat([chunk[node] for chunk in chunks]) for node in nodes}
 
 
-def _finish(job: WorkJob, features: dict[str, Tensor], started: float) -> Done | BaseException:
-    """One request's levels; what goes wrong here is its own."""
-    work = job.payload
+def use_threads(count: int) -> None:
+    """Let torch use so many threads in this thread."""
+    if torch.get_num_threads() != count:
+        torch.set_num_threads(count)
+
+
+@torch.no_grad()
+def _joined(parts: Sequence[FloatArray | Upload]) -> FloatArray | Tensor:
+    """[n, c, h, w] of all requests: on the host if all are there, else on the device."""
+    arrays = [part for part in parts if not isinstance(part, Upload)]
+    if len(arrays) == len(parts):
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    tensors = [part.images() if isinstance(part, Upload) else torch.from_numpy(part) for part in parts]
+    device = next(part.device for part in parts if isinstance(part, Upload))
+    return torch.cat([on_device(tensor, device) for tensor in tensors]) if len(tensors) > 1 else tensors[0]
+
+
+def _begin(work: Work, features: dict[str, Tensor]) -> Begun:
+    """One request's levels on their way to the host; what goes wrong here is its own."""
     try:
         with torch.inference_mode():
-            arrays = _levels(work, features)
+            return _levels(work, features)
     except (ServiceError, *SIZE_ERRORS) as error:  # a neck does not take every size
+        return error
+
+
+def _finish(job: WorkJob, begun: Begun, started: float) -> Done | BaseException:
+    """One request's answer."""
+    if isinstance(begun, BaseException):
+        return begun
+    try:
+        arrays = tuple(copy.array() for copy in begun)
+    except ServiceError as error:
         return error
     return Done(arrays, started - job.queued_at, time.monotonic() - started)
 
 
-def _levels(work: Work, features: dict[str, Tensor]) -> tuple[FloatArray, ...]:
+def _levels(work: Work, features: dict[str, Tensor]) -> tuple[HostCopy, ...]:
     tensors = [features[level.node] for level in work.levels]
     if work.neck is not None:
         tensors = work.neck(tensors)
-    arrays = []
+    copies = []
     for name, layout, tensor in zip(work.names, work.layouts, tensors, strict=True):
         pooled = pool_level(tensor, layout, work.pool, work.prefix_tokens, work.valid)
-        arrays.append(
-            to_array(normalize_level(pooled, layout) if work.normalize else pooled, work.dtype, name)
+        copies.append(
+            HostCopy(normalize_level(pooled, layout) if work.normalize else pooled, work.dtype, name)
         )
-    return tuple(arrays)
+    return tuple(copies)

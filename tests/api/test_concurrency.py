@@ -32,14 +32,14 @@ def ask(service: RunningService, config: Any, images: int = 1) -> httpx.Response
 @contextmanager
 def held_device(service: RunningService) -> Iterator[threading.Event]:
     """Holds the device worker inside the forward pass of the loaded model; yields the event that it is held."""
-    [entry] = list(service.engine.cache)
+    [entry] = list(service.engine.networks.cache)
     inside, go_on = threading.Event(), threading.Event()
 
     def hold(*_: Any) -> None:
         inside.set()
         assert go_on.wait(60)
 
-    hook = entry.model.backbone.register_forward_pre_hook(hold)
+    hook = entry.model.engine.backbone.register_forward_pre_hook(hold)
     try:
         yield inside
     finally:
@@ -57,7 +57,7 @@ def test_a_slow_load_does_not_delay_a_loaded_model(serve: Serve, clients: Thread
     service = serve()
     assert ask(service, RESNET18).status_code == 200
     go_on = threading.Event()
-    service.engine._loader.submit(go_on.wait, 60)
+    service.engine.networks._loader.submit(go_on.wait, 60)
     slow = clients.submit(ask, service, {**RESNET18, "depth": 34})
     assert ask(service, RESNET18).status_code == 200
     assert not slow.done()
@@ -70,7 +70,7 @@ def test_a_request_that_cannot_wait_for_a_load_is_told_to_come_back_and_the_load
 ) -> None:
     service = serve(request_timeout=2)
     go_on = threading.Event()
-    service.engine._loader.submit(go_on.wait, 60)
+    service.engine.networks._loader.submit(go_on.wait, 60)
     late = ask(service, RESNET18)
     assert late.status_code == 503
     assert late.json()["type"] == "/problems/model-loading"
@@ -120,7 +120,7 @@ def test_a_client_that_leaves_gives_its_place_in_the_queue_back(
         leaver = raw_request(service)
         wait_for_queue(service, 1)
         assert ask(service, RESNET18).status_code == 503
-        left = told_when_done(service.engine.batcher._queue[0].future)
+        left = told_when_done(next(iter(service.engine.batcher._waiting)).future)
         leaver.close()
         assert left.wait(30)
         kept = clients.submit(ask, service, RESNET18)
@@ -155,7 +155,7 @@ def test_nothing_is_left_of_requests_whose_clients_left(serve: Serve) -> None:
     assert ask(service, RESNET18).status_code == 200
     engine = service.engine
     service.stop()
-    assert [entry.leases for entry in engine.cache] == [0]
+    assert [entry.leases for entry in engine.networks.cache] == [0]
     assert engine.batcher.waiting_images == 0
 
 
@@ -182,7 +182,7 @@ def test_a_model_unloaded_while_it_is_warmed_up_is_still_answered(
         assert held.wait(30)
         warming = clients.submit(service.http.post, "/models", json={"backbone": {**RESNET18, "depth": 34}})
         wait_for_queue(service, 1)
-        [fresh] = [entry.key for entry in service.engine.cache if entry.leases and entry.hits == 1]
+        [fresh] = [entry.key for entry in service.engine.networks.cache if entry.leases and entry.hits == 1]
         assert service.http.delete(f"/models/{fresh}").status_code == 202
     assert running.result(60).status_code == 200
     assert warming.result(60).status_code == 201

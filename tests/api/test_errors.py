@@ -31,8 +31,8 @@ def features(http: httpx.Client, config: Any = THIN, **given: Any) -> httpx.Resp
 def weights_of(service: RunningService, config: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The weights that the service made for a config, by the names of its checkpoints."""
     assert features(service.http, config).status_code == 200
-    [entry] = service.engine.cache
-    return {name: tensor.clone() for name, tensor in entry.model.backbone.state_dict().items()}
+    [entry] = service.engine.networks.cache
+    return {name: tensor.clone() for name, tensor in entry.model.engine.backbone.state_dict().items()}
 
 
 @pytest.fixture
@@ -52,9 +52,9 @@ class HeldDevice:
     def __init__(self, service: RunningService) -> None:
         self.service = service
         assert features(service.http).status_code == 200
-        [entry] = service.engine.cache
+        [entry] = service.engine.networks.cache
         self._busy, self._gate = Event(), Event()
-        self._hook = entry.model.backbone.register_forward_pre_hook(self._wait)
+        self._hook = entry.model.engine.backbone.register_forward_pre_hook(self._wait)
         self._threads = ThreadPoolExecutor(8)
 
     def _wait(self, _module: object, _inputs: object) -> None:
@@ -540,9 +540,9 @@ def test_the_deadline_passes_while_the_device_is_busy(serve: Serve) -> None:
 def test_a_model_that_is_still_loading_is_503_and_loads_on(serve: Serve) -> None:
     service = serve(request_timeout=1)
     gate = Event()
-    service.engine._loader.submit(gate.wait, 60)
+    service.engine.networks._loader.submit(gate.wait, 60)
     assert_problem(features(service.http), 503, "model-loading")
-    [load] = service.engine.cache._loads.values()
+    [load] = service.engine.networks.cache._loads.values()
     loaded = Event()
     load.add_done_callback(lambda _: loaded.set())
     gate.set()

@@ -242,3 +242,30 @@ def test_a_bad_image_fails_its_own_request_and_no_neighbour(http: httpx.Client, 
         assert reply.status_code == 200, reply.text
         found = np.asarray(list(reply.json()["levels"][0]["stats"].values()))
         np.testing.assert_allclose(found, alone, rtol=1e-4, atol=1e-6)
+
+
+# --- scaled decoding -----------------------------------------------------------------------------
+
+
+def large_photo() -> bytes:
+    return file_of(picture().resize((960, 640), Image.Resampling.BICUBIC), "JPEG")
+
+
+def ask_fast(http: httpx.Client, **preprocess: Any) -> httpx.Response:
+    return http.post("/features", **multipart(THIN, image=large_photo(), preprocess=preprocess))
+
+
+def test_fast_decoding_is_asked_for_reported_and_another_answer(http: httpx.Client) -> None:
+    plain, fast = ask_fast(http, size=64), ask_fast(http, size=64, fast_decode=True)
+    assert plain.json()["preprocess"]["fast_decode"] is False
+    assert fast.json()["preprocess"]["fast_decode"] is True
+    assert fast.json()["images"] == plain.json()["images"]
+    assert fast.headers["etag"] != plain.headers["etag"]
+    assert fast.json()["levels"] != plain.json()["levels"]
+
+
+def test_fast_decoding_of_images_that_keep_their_size_is_refused(http: httpx.Client) -> None:
+    reply = ask_fast(http, mode="native", fast_decode=True)
+    problem = assert_problem(reply, 422)
+    assert [fault["pointer"] for fault in problem["errors"]] == ["#/preprocess/fast_decode"]
+    assert "fast_decode" not in ask_fast(http, mode="native", fast_decode=False).json()["preprocess"]

@@ -127,6 +127,7 @@ PREPROCESS = st.dictionaries(
             "std",
             "channel_order",
             "size_divisor",
+            "fast_decode",
             "type",
             "to_rgb",
         )

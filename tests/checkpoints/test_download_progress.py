@@ -102,7 +102,7 @@ def test_a_download_is_listed_with_how_far_it_is(
 def test_a_load_is_listed_with_its_id(serve: Serve, clients: ThreadPoolExecutor) -> None:
     service = serve(request_timeout=60)
     gate = Event()
-    service.engine._loader.submit(gate.wait, 60)
+    service.engine.networks._loader.submit(gate.wait, 60)
     asked = load(clients, service.http, TINY)
     [entry] = listed(service.http, bool)
     gate.set()

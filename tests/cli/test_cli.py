@@ -7,7 +7,6 @@ import json
 import signal
 import socket
 import subprocess
-import sys
 from importlib.metadata import version
 from typing import Any
 
@@ -82,7 +81,6 @@ def test_version_is_that_of_the_distribution() -> None:
     ("arguments", "settings", "said"),
     [
         (["--device", "gpu"], {}, ["--device (BACKBONE_DEVICE)", "cuda:N", "'gpu'"]),
-        (["--device", "cuda:99"], {}, ["--device (BACKBONE_DEVICE)", "cuda:99 is not there"]),
         ([], {"BACKBONE_MODEL_BUDGET": "lots"}, ["--model-budget (BACKBONE_MODEL_BUDGET)", "70%", "'lots'"]),
         (["--engine", "abacus"], {}, ["--engine (BACKBONE_ENGINE)", "torch"]),
         (["--port", "99999"], {}, ["--port (BACKBONE_PORT)", "65535"]),
@@ -169,6 +167,7 @@ def test_an_idle_service_exits_with_zero_on_ctrl_c(start: Start) -> None:
 
 def test_what_is_in_flight_at_sigterm_is_finished(start: Start) -> None:
     process = start("--drain-seconds", "60")
+    assert process.http.get("/version").status_code == 200  # waits until it is up
     held = HalfSent(process.port, RESNET18)
     process.signal(signal.SIGTERM)
     process.wait_for_line("draining")
@@ -203,12 +202,3 @@ def test_a_second_signal_ends_at_once(start: Start, number: int) -> None:
     process.signal(number)
     assert process.wait() == -number
     held.close()
-
-
-def test_the_start_imports_no_model_library() -> None:
-    heavy = ("timm", "torchvision", "pyarrow", "huggingface_hub", "torch._dynamo")
-    code = f"import sys, service.api.server; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert done.stdout.strip() == "[]"

@@ -93,7 +93,8 @@ def test_every_subcommand_and_its_flags_are_in_the_readme() -> None:
         assert f"`backbone-service {name}" in README
         own = flags(parser) - {"--help"}
         if name == "serve":  # documented by the table of settings
-            own -= {flag_of(setting) for setting in Settings.model_fields} | {"--no-allow-anonymous"}
+            own -= {flag_of(setting) for setting in Settings.model_fields}
+            own -= {flag_of(f"no_{setting}") for setting in Settings.model_fields}
         assert {flag for flag in own if flag not in README} == set()
     assert {flag for flag in flags(make_parser()) if flag not in README} == set()
 

@@ -94,6 +94,114 @@ def test_every_pixel_type_becomes_rgb(mode, format, options):
     np.testing.assert_array_equal(decode(data).rgb, by_pillow(data))
 
 
+def textured(width, height, mode="RGB"):
+    """Something of every frequency, so that a different transform or upsampling of colours would show."""
+    rng = np.random.default_rng(width * height)
+    smooth = np.asarray(picture(width, height)).astype(int)
+    return Image.fromarray(
+        np.clip(smooth + rng.integers(-60, 60, smooth.shape), 0, 255).astype(np.uint8)
+    ).convert(mode)
+
+
+JPEGS = {
+    "4:4:4": ("RGB", {"subsampling": 0}),
+    "4:2:2": ("RGB", {"subsampling": 1}),
+    "4:2:0": ("RGB", {"subsampling": 2}),
+    "grey": ("L", {}),
+    "RGB": ("RGB", {"keep_rgb": True}),
+    "CMYK": ("CMYK", {}),
+    "progressive": ("RGB", {"progressive": True}),
+    "progressive grey": ("L", {"progressive": True}),
+    "of the worst quality": ("RGB", {"quality": 1}),
+    "of the best": ("RGB", {"quality": 100, "optimize": True}),
+    "with restarts": ("RGB", {"restart_marker_blocks": 3}),
+}
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 200), (16, 16), (97, 61), (250, 333)])
+@pytest.mark.parametrize("kind", JPEGS)
+def test_a_jpeg_is_pillows_bit_for_bit(kind, size):
+    mode, options = JPEGS[kind]
+    data = encoded(textured(*size, mode), "JPEG", **options)
+    np.testing.assert_array_equal(decode(data).rgb, by_pillow(data))
+
+
+def test_a_jpeg_that_is_only_untidy_decodes_as_pillow_decodes_it():
+    data = encoded(textured(64, 48), "JPEG", restart_marker_rows=1)
+    at = data.index(b"\xff\xd0")
+    untidy = data[:at] + b"\0\0\0" + data[at:]
+    np.testing.assert_array_equal(decode(untidy).rgb, by_pillow(untidy))
+
+
+@pytest.mark.parametrize("sampling", [0x14, 0x41, 0x31, 0x13])
+def test_a_jpeg_of_unusual_subsampling_decodes_as_pillow_decodes_it(sampling):
+    data = bytearray(encoded(textured(64, 64), "JPEG", subsampling=0))
+    data[data.index(b"\xff\xc0") + 11] = sampling
+    np.testing.assert_array_equal(decode(bytes(data)).rgb, by_pillow(data))
+
+
+def test_a_jpeg_cut_anywhere_is_undecodable():
+    for options in ({}, {"progressive": True}, {"restart_marker_rows": 1}):
+        data = encoded(textured(90, 70), "JPEG", **options)
+        for kept in range(14, len(data) - 1, 97):
+            with pytest.raises(UndecodableImage, match="image 3: the JPEG"):
+                decode(data[:kept])
+
+
+# --- scaled decoding -----------------------------------------------------------------------------
+
+
+def decode_scaled(data, least):
+    return decode_image(data, index=3, max_pixels=LIMIT, enough=lambda _width, _height: least)
+
+
+@pytest.mark.parametrize(
+    ("least", "stored"),
+    [((1, 1), (38, 51)), ((38, 51), (38, 51)), ((38, 52), (75, 101)), ((70, 101), (75, 101)), ((76, 1), (150, 202)),
+     ((151, 1), (300, 403)), ((1000, 1000), (300, 403))],
+)  # fmt: skip
+def test_a_scaled_jpeg_is_the_smallest_that_is_enough(least, stored):
+    decoded = decode_scaled(encoded(picture(403, 300), "JPEG"), least)
+    assert decoded.rgb.shape == (*stored, 3)
+    assert (decoded.width, decoded.height) == (403, 300)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_scaled_jpeg_is_turned_and_asked_of_its_upright_size(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(picture(400, 240), "JPEG", exif=exif)
+    asked = []
+
+    def enough(width, height):
+        asked.append((width, height))
+        return (height // 2, width // 2)
+
+    decoded = decode_image(data, index=3, max_pixels=LIMIT, enough=enough)
+    upright = (240, 400) if orientation > 4 else (400, 240)
+    assert asked == [upright]
+    assert (decoded.width, decoded.height) == upright
+    assert decoded.rgb.shape == (upright[1] // 2, upright[0] // 2, 3)
+    whole = Image.fromarray(by_pillow(data)).resize((upright[0] // 2, upright[1] // 2), Image.Resampling.BOX)
+    assert np.abs(decoded.rgb.astype(int) - np.asarray(whole)).mean() < 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "format"), [("RGB", "PNG"), ("RGB", "WEBP"), ("CMYK", "JPEG"), ("RGB", "TIFF")]
+)
+def test_what_cannot_be_scaled_is_decoded_whole(mode, format):
+    data = encoded(picture(400, 240, mode), format)
+    np.testing.assert_array_equal(decode_scaled(data, (10, 10)).rgb, by_pillow(data))
+
+
+def test_a_scaled_jpeg_that_is_cut_or_too_large_is_refused_as_any():
+    data = encoded(textured(400, 240), "JPEG")
+    with pytest.raises(UndecodableImage, match="truncated or corrupt"):
+        decode_scaled(data[: len(data) // 2], (10, 10))
+    with pytest.raises(TooLarge, match="40000x40000 exceeds 40 megapixels"):
+        decode_scaled(jpeg_of(40000, 40000), (10, 10))
+
+
 def test_alpha_is_dropped_not_blended():
     image = Image.new("RGBA", (4, 4), (10, 200, 30, 0))
     assert (decode(encoded(image, "PNG")).rgb == (10, 200, 30)).all()
@@ -381,6 +489,21 @@ def test_a_jpeg_of_many_scans_is_refused():
     last = data.rindex(b"\xff\xda")
     bomb = data[:last] + data[last:-2] * (MAX_JPEG_SCANS + 1) + b"\xff\xd9"
     assert "more than 100 scans" in quickly(bomb).detail
+
+
+def test_a_sequential_jpeg_of_many_scans_is_refused():
+    """One component a scan, and the last of them a thousand times."""
+    data = encoded(picture(64, 64), "JPEG", progressive=True)
+    frame = data.index(b"\xff\xc2")
+    spread = data[:frame] + b"\xff\xc0" + data[frame + 2 :]
+    last = spread.rindex(b"\xff\xda")
+    quickly(spread[:last] + spread[last:-2] * 1000 + b"\xff\xd9")
+
+
+def test_scans_after_one_that_has_everything_are_refused():
+    data = encoded(picture(2000, 2000), "JPEG")
+    scan = data[data.index(b"\xff\xda") : -2]
+    quickly(data[:-2] + scan * 200 + b"\xff\xd9", limit_s=2)
 
 
 def test_metadata_of_a_jpeg_is_not_collected():

@@ -14,7 +14,14 @@ from torchvision.transforms import functional as F
 
 from service.config.preprocess import parse_preprocess, resolve_preprocess
 from service.images.decode import DecodedImage
-from service.images.transforms import planned_size, stack_images, transform_image
+from service.images.transforms import (
+    enough_pixels,
+    fit_image,
+    planned_size,
+    scale_and_shift,
+    stack_images,
+    transform_image,
+)
 
 MODES = {
     "nearest": InterpolationMode.NEAREST,
@@ -43,15 +50,21 @@ def raw_pixels(image, **keys):
     return np.rint(array).astype(np.uint8).transpose(1, 2, 0)
 
 
+def assert_same_image(ours, expected, interpolation):
+    """Bit for bit, or within one grey level by the filters that are not Pillow's own code."""
+    levels = 1 if interpolation in ("bilinear", "bicubic") else 0
+    assert np.abs(ours.astype(int) - expected).max() <= levels
+
+
 @pytest.mark.parametrize("interpolation", MODES)
 @pytest.mark.parametrize("size", SIZES)
-def test_crop_is_torchvisions_bit_for_bit(size, interpolation):
+def test_crop_is_torchvisions(size, interpolation):
     image = image_of(*size)
     for side, crop_pct in ((224, 0.875), (33, 0.9), (64, 1.0)):
         resized = Resize(int(side / crop_pct), MODES[interpolation])(Image.fromarray(image.rgb))
         expected = np.asarray(CenterCrop(side)(resized))
         ours = raw_pixels(image, size=side, crop_pct=crop_pct, interpolation=interpolation)
-        np.testing.assert_array_equal(ours, expected)
+        assert_same_image(ours, expected, interpolation)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -65,7 +78,8 @@ def test_crop_is_timms(size, target):
         (3, *spec.size), interpolation="bicubic", crop_pct=0.95, mean=spec.mean, std=spec.std
     )
     expected = transform(Image.fromarray(image.rgb)).numpy()
-    np.testing.assert_allclose(transform_image(image, spec).array, expected, atol=2e-6)
+    grey_level = 1 / 255 / min(spec.std)
+    np.testing.assert_allclose(transform_image(image, spec).array, expected, atol=grey_level + 2e-6)
 
 
 @pytest.mark.parametrize("interpolation", MODES)
@@ -73,7 +87,7 @@ def test_resize_is_torchvisions_and_does_not_keep_the_aspect(interpolation):
     image = image_of(123, 77)
     expected = np.asarray(Resize((48, 160), MODES[interpolation])(Image.fromarray(image.rgb)))
     ours = raw_pixels(image, mode="resize", size=[48, 160], interpolation=interpolation)
-    np.testing.assert_array_equal(ours, expected)
+    assert_same_image(ours, expected, interpolation)
 
 
 def test_native_leaves_every_pixel():
@@ -112,6 +126,21 @@ def test_caffes_numbers_and_detectron2s_are_the_same():
     np.testing.assert_array_equal(transform_image(image, own).array, transform_image(image, detectron2).array)
     expected = image.rgb[..., ::-1].astype(np.float64) - mean
     np.testing.assert_allclose(transform_image(image, own).array, expected.transpose(2, 0, 1), atol=1e-4)
+
+
+@pytest.mark.parametrize("order", ["rgb", "bgr"])
+def test_bytes_scaled_and_shifted_are_the_normalised_image(order):
+    image, spec = image_of(90, 60), spec_of(size=32, channel_order=order)
+    pixels, (scale, shift) = fit_image(image, spec).array, scale_and_shift(spec)
+    assert pixels.dtype == np.uint8
+    ours = pixels.astype(np.float32) * scale[:, None, None] + shift[:, None, None]
+    np.testing.assert_array_equal(ours, transform_image(image, spec).array)
+
+
+def test_twice_what_is_resized_to_is_enough_to_decode():
+    assert enough_pixels(4000, 3000, spec_of()) == (512, 682)
+    assert enough_pixels(3000, 4000, spec_of(size=[64, 32], crop_pct=1)) == (128, 96)
+    assert enough_pixels(4000, 3000, spec_of(mode="resize", size=[64, 32])) == (128, 64)
 
 
 # --- batches -------------------------------------------------------------------------------------

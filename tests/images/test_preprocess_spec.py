@@ -127,6 +127,20 @@ def test_mmpretrains_preprocessor_leaves_the_size_to_the_defaults():
     assert spec.mean == close(IMAGENET_MEAN)
 
 
+def test_jpegs_are_decoded_whole_unless_every_spelling_says_otherwise():
+    assert not resolve_preprocess(parse_preprocess(None), []).fast_decode
+    for raw in ({"fast_decode": True}, {**MMPRETRAIN, "fast_decode": True}):
+        assert resolve_preprocess(parse_preprocess(raw), []).fast_decode
+    beside = {"data_preprocessor": MMDET, "mode": "resize", "size": 64, "fast_decode": True}
+    assert resolve_preprocess(parse_preprocess(beside), []).fast_decode
+
+
+@pytest.mark.parametrize("mode", ["crop", "resize", "native"])
+def test_a_spec_says_whether_it_decodes_fast_where_that_has_an_effect(mode):
+    said = resolve_preprocess(parse_preprocess({"mode": mode}), []).as_json()
+    assert ("fast_decode" in said) == (mode != "native")
+
+
 def test_geometry_may_stand_beside_a_data_preprocessor():
     request = parse_preprocess({"data_preprocessor": MMDET, "mode": "resize", "size": [320, 640]})
     assert (request.mode, request.size, request.size_divisor) == ("resize", (320, 640), 32)
@@ -200,6 +214,14 @@ def test_detectron2s_numbers_are_bgr_and_255_unless_it_says_rgb():
         ({"mode": "native", "size": 224}, "#/preprocess/size"),
         ({"mode": "native", "crop_pct": 0.9}, "#/preprocess/crop_pct"),
         ({"mode": "resize", "crop_pct": 0.9}, "#/preprocess/crop_pct"),
+        ({"mode": "native", "fast_decode": True}, "#/preprocess/fast_decode"),
+        ({"type": "DetDataPreprocessor", "fast_decode": True}, "#/preprocess/fast_decode"),
+        (
+            {"data_preprocessor": {"to_rgb": True, "fast_decode": True}},
+            "#/preprocess/data_preprocessor/fast_decode",
+        ),
+        ({"fast_decode": 1}, "#/preprocess/fast_decode"),
+        ({"fast_decode": "true"}, "#/preprocess/fast_decode"),
         ({"type": "subprocess.Popen"}, "#/preprocess/type"),
         ({"type": "DetDataPreprocessor", "size": 640}, "#/preprocess/size"),
         ({"type": "DetDataPreprocessor", "mean": [1.0, 2.0, 3.0]}, "#/preprocess/std"),
@@ -239,6 +261,8 @@ def test_messages_do_not_carry_the_payload_back():
         MMDET,
         {"mode": "native", "size_divisor": 32, "channel_order": "bgr"},
         {"size": [320, 640], "crop_pct": 1.0, "interpolation": "lanczos"},
+        {"fast_decode": True},
+        {"mode": "native", "fast_decode": False},
         {"pixel_mean": [103.53, 116.28, 123.675], "mode": "crop"},
     ],
 )

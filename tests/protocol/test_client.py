@@ -25,7 +25,9 @@ from service.protocol.reply import FeatureReply, FrozenInfo, ImageInfo, LevelArr
 from service.protocol.request import parse_text_parts
 
 ARRAY = np.arange(12, dtype=np.float32).reshape(1, 3, 2, 2)
-MODEL = ModelInfo("0f3a", "ResNet", "cpu", "float32", WeightsInfo("random"), FrozenInfo(None, 0, 161))
+MODEL = ModelInfo(
+    "0f3a", "ResNet", "cpu", "torch", "float32", WeightsInfo("random"), FrozenInfo(None, 0, 161)
+)
 REPLY = FeatureReply(
     MODEL, (ImageInfo(64, 48, "PNG", (64, 64), (48, 64)),), (LevelArray(3, "3", "NCHW", 32, 3, ARRAY),)
 )

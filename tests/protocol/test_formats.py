@@ -46,6 +46,7 @@ MODEL = ModelInfo(
     id="0f3a",
     type="ResNet",
     device="cpu",
+    engine="torch",
     precision="float32",
     weights=WeightsInfo(
         "torchvision", "torchvision://resnet50", "ab" * 32, 318, (), ("fc.weight", "fc.bias")
@@ -121,7 +122,7 @@ def test_a_reply_survives_the_wire(media_type: str, options: ReplyOptions, dtype
 def test_json_has_the_keys_of_the_contract_and_no_others() -> None:
     body = orjson.loads(written(JSON, replace(a_reply(), preprocess=None), ReplyOptions()).body)
     assert list(body) == ["model", "images", "levels", "timings_ms"]
-    assert set(body["model"]) == {"id", "type", "device", "precision", "weights", "frozen"}
+    assert set(body["model"]) == {"id", "type", "device", "engine", "precision", "weights", "frozen"}
     assert set(body["model"]["weights"]) == {
         "source",
         "checkpoint",

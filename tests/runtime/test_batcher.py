@@ -1,148 +1,591 @@
-"""The device worker's queue, tested without torch."""
+"""The device workers and their queue, tested without torch."""
 
 from __future__ import annotations
 
+import asyncio
 import threading
-import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from typing import Any
 
 import pytest
 
 from service.errors import DeadlineExceeded, Draining, QueueFull
-from service.runtime.batcher import Batcher, Job
+from service.runtime.batch_sizes import BatchSizes
+from service.runtime.batcher import Batcher, Job, Pace
 
-FAR = time.monotonic() + 3600
+FAR = 1e9
+MakeBatcher = Callable[..., Batcher[str, str]]
 
 
-class Recorder:
-    """Runs batches, notes them, and holds the first until told to go on."""
+class Machine:
+    """Runs batches, notes them, takes as long as it is told, and holds each batch until told to go on.
+
+    Its clock is moved by its own batches (and by tests), so that what is learned of time is the same every time.
+    """
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
-        self.running = threading.Event()
+        self.paces: list[Pace] = []
+        self.threads: dict[str, int] = {}
+        self.now = 0.0
+        self.cost: Callable[[Sequence[Job[str, str]]], float] = lambda jobs: 1.0
         self.go_on = threading.Event()
+        self.started = threading.Condition()
 
-    def __call__(self, jobs: Sequence[Job[str, str]]) -> list[str | BaseException]:
-        self.batches.append([job.payload for job in jobs])
-        self.running.set()
+    def __call__(self, jobs: Sequence[Job[str, str]], pace: Pace) -> list[str | BaseException]:
+        with self.started:
+            self.batches.append([job.payload for job in jobs])
+            self.paces.append(pace)
+            self.threads |= {job.payload: threading.get_ident() for job in jobs}
+            self.started.notify_all()
         assert self.go_on.wait(30)
+        with self.started:
+            self.now += self.cost(jobs)
         return [ValueError(job.payload) if job.payload == "bad" else job.payload.upper() for job in jobs]
 
+    def clock(self) -> float:
+        return self.now
+
+    def wait_for(self, batches: int) -> None:
+        """Until so many batches run or have run."""
+        with self.started:
+            assert self.started.wait_for(lambda: len(self.batches) >= batches, 10)
+
 
 @pytest.fixture
-def recorder() -> Recorder:
-    return Recorder()
+def machine() -> Machine:
+    return Machine()
 
 
 @pytest.fixture
-def make(recorder: Recorder) -> Iterator[Callable[..., Batcher[str, str]]]:
+def make(machine: Machine) -> Iterator[MakeBatcher]:
     made: list[Batcher[str, str]] = []
 
-    def start(max_batch: int = 4, queue_size: int = 8) -> Batcher[str, str]:
-        made.append(Batcher(recorder, max_batch=max_batch, queue_size=queue_size, observe=lambda *_: None))
-        return made[-1]
+    def start(
+        run: Any = machine, lanes: int = 1, max_batch: int = 4, queue_size: int = 8
+    ) -> Batcher[str, str]:
+        batcher: Batcher[str, str] = Batcher(
+            run,
+            lanes=lanes,
+            max_batch=max_batch,
+            queue_size=queue_size,
+            observe=lambda *_: None,
+            sizes=learned_sizes(max_batch),
+            clock=machine.clock,
+        )
+        made.append(batcher)
+        return batcher
 
     yield start
-    recorder.go_on.set()
+    machine.go_on.set()
     for batcher in made:
         batcher.stop()
 
 
-def job(name: str, group: str = "a", images: int = 1, deadline: float = FAR) -> Job[str, str]:
-    return Job(group, images, name, deadline)
+def learned_sizes(max_batch: int) -> BatchSizes:
+    """What is known of groups "a" and "b" on a device that takes as long for a batch as for one image."""
+    sizes = BatchSizes(max_batch)
+    for group in "ab":
+        for crowded in (True, False):
+            for _ in range(4 * max_batch):
+                sizes.learn(group, sizes.limit(group, max_batch, crowded=crowded), 1.0, crowded=crowded)
+            assert sizes.best(group, crowded=crowded) == max_batch
+    return sizes
 
 
-def test_an_idle_worker_starts_at_once_and_a_busy_one_takes_all_that_came(make, recorder) -> None:
+def job(name: str, group: str = "a", images: int = 1, deadline: float = FAR, **more: Any) -> Job[str, str]:
+    return Job(group, images, name, deadline, **more)
+
+
+def names(prefix: str, count: int) -> list[str]:
+    return [f"{prefix}{index}" for index in range(count)]
+
+
+def results(futures: Sequence[Future[str]]) -> list[str]:
+    return [future.result(10) for future in futures]
+
+
+# --- batches ------------------------------------------------------------------------------------
+
+
+def test_an_idle_worker_starts_at_once_and_a_busy_one_takes_all_that_came(make, machine) -> None:
     batcher = make()
     first = batcher.submit(job("1"))
-    assert recorder.running.wait(10)
+    machine.wait_for(1)
     rest = [batcher.submit(job(name)) for name in "234"]
-    recorder.go_on.set()
-    assert [future.result(10) for future in (first, *rest)] == ["1", "2", "3", "4"]
-    assert recorder.batches == [["1"], ["2", "3", "4"]]
+    machine.go_on.set()
+    assert results([first, *rest]) == ["1", "2", "3", "4"]
+    assert machine.batches == [["1"], ["2", "3", "4"]]
 
 
-def test_groups_do_not_mix_and_the_oldest_goes_first(make, recorder) -> None:
+def test_groups_do_not_mix_and_the_oldest_goes_first(make, machine) -> None:
     batcher = make()
     first = batcher.submit(job("0"))
-    assert recorder.running.wait(10)
+    machine.wait_for(1)
     futures = [batcher.submit(job(*pair)) for pair in (("b1", "b"), ("a1", "a"), ("b2", "b"))]
-    recorder.go_on.set()
-    for future in (first, *futures):
-        future.result(10)
-    assert recorder.batches == [["0"], ["b1", "b2"], ["a1"]]
+    machine.go_on.set()
+    results([first, *futures])
+    assert machine.batches == [["0"], ["b1", "b2"], ["a1"]]
 
 
-def test_a_batch_holds_no_more_images_than_it_may_and_a_larger_job_runs_alone(make, recorder) -> None:
+def test_a_batch_holds_no_more_images_than_it_may_and_a_larger_job_runs_alone(make, machine) -> None:
     batcher = make(max_batch=4, queue_size=100)
     first = batcher.submit(job("0"))
-    assert recorder.running.wait(10)
+    machine.wait_for(1)
     futures = [
         batcher.submit(job(name, images=size)) for name, size in (("x", 3), ("y", 2), ("big", 9), ("z", 1))
     ]
-    recorder.go_on.set()
-    for future in (first, *futures):
-        future.result(10)
-    assert recorder.batches == [["0"], ["x", "z"], ["y"], ["big"]]
+    machine.go_on.set()
+    results([first, *futures])
+    assert machine.batches == [["0"], ["x", "z"], ["y"], ["big"]]
 
 
-def test_a_cancelled_job_leaves_the_queue_and_its_place(make, recorder) -> None:
+@pytest.mark.parametrize(
+    ("cost", "largest"),
+    [(lambda jobs: 1.0, 8), (lambda jobs: float(len(jobs)), 2)],
+    ids=["a GPU", "a CPU"],
+)
+def test_the_size_of_batches_is_learned_from_what_they_take(make, machine, cost, largest) -> None:
+    machine.cost = cost
+    batcher = make(max_batch=8, queue_size=100)
+    futures = [batcher.submit(job(name, group="new")) for name in names("n", 100)]
+    machine.go_on.set()
+    results(futures)
+    sizes = [len(batch) for batch in machine.batches]
+    assert sizes[0] == 1
+    assert max(sizes) == largest
+    assert batcher.sizes.best("new") == (8 if largest == 8 else 1)
+
+
+def test_what_fails_in_a_batch_fails_only_its_own_job(make, machine) -> None:
+    batcher = make()
+    first = batcher.submit(job("1"))
+    machine.wait_for(1)
+    bad, good = batcher.submit(job("bad")), batcher.submit(job("good"))
+    machine.go_on.set()
+    assert results([first, good]) == ["1", "GOOD"]
+    with pytest.raises(ValueError, match="bad"):
+        bad.result(10)
+    assert machine.batches[1] == ["bad", "good"]
+
+
+def test_a_batch_that_raises_fails_its_jobs_and_the_worker_goes_on(make) -> None:
+    def run(jobs: Sequence[Job[str, str]], pace: Pace) -> list[str]:
+        if jobs[0].payload == "boom":
+            raise RuntimeError("boom")
+        return [job.payload for job in jobs]
+
+    batcher = make(run)
+    with pytest.raises(RuntimeError, match="boom"):
+        batcher.submit(job("boom")).result(10)
+    assert batcher.submit(job("next")).result(10) == "next"
+    assert batcher.alive
+
+
+def test_results_that_are_too_few_fail_the_batch_and_not_the_worker(make) -> None:
+    batcher = make(lambda jobs, pace: [])
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="1 jobs were run and 0 results came"):
+            batcher.submit(job("lost")).result(10)
+    assert batcher.alive
+
+
+def test_a_size_that_fails_is_left_again(make, machine) -> None:
+    def run(jobs: Sequence[Job[str, str]], pace: Pace) -> list[str | BaseException]:
+        if len(jobs) > 1:
+            raise MemoryError
+        return machine(jobs, pace)
+
+    batcher = make(run, queue_size=100)
+    futures = [batcher.submit(job(name, group="new")) for name in names("n", 50)]
+    machine.go_on.set()
+    failed = [future for future in futures if isinstance(future.exception(10), MemoryError)]
+    assert len(failed) == 2  # the two of one trial
+    assert batcher.sizes.best("new") == 1
+
+
+# --- jobs that nobody waits for -----------------------------------------------------------------
+
+
+def test_a_cancelled_job_leaves_the_queue_and_its_place(make, machine) -> None:
     batcher = make(queue_size=2)
     first = batcher.submit(job("1"))
-    assert recorder.running.wait(10)
+    machine.wait_for(1)
     cancelled, kept = batcher.submit(job("2")), batcher.submit(job("3"))
     with pytest.raises(QueueFull) as full:
         batcher.submit(job("4"))
     assert full.value.retry_after_s is not None
     assert cancelled.cancel()
+    assert batcher.waiting_images == 1
     late = batcher.submit(job("5"))
-    recorder.go_on.set()
-    assert [future.result(10) for future in (first, kept, late)] == ["1", "3", "5"]
-    assert recorder.batches == [["1"], ["3", "5"]]
+    machine.go_on.set()
+    assert results([first, kept, late]) == ["1", "3", "5"]
+    assert machine.batches == [["1"], ["3", "5"]]
 
 
-def test_what_fails_in_a_batch_fails_only_its_own_job(make, recorder) -> None:
-    recorder.go_on.set()
+def test_a_job_cancelled_before_it_is_queued_is_not_run(make, machine) -> None:
     batcher = make()
-    bad, good = batcher.submit(job("bad")), batcher.submit(job("good"))
-    assert good.result(10) == "GOOD"
-    with pytest.raises(ValueError, match="bad"):
-        bad.result(10)
+    first = batcher.submit(job("1"))
+    machine.wait_for(1)
+    cancelled = job("2")
+    cancelled.future.cancel()
+    batcher.submit(cancelled)
+    assert batcher.waiting_images == 0
+    machine.go_on.set()
+    assert results([first, batcher.submit(job("3"))]) == ["1", "3"]
+    assert [name for batch in machine.batches for name in batch] == ["1", "3"]
 
 
-def test_a_batch_that_raises_fails_its_jobs_and_the_worker_goes_on() -> None:
-    def run(jobs: Sequence[Job[str, str]]) -> list[str]:
-        if jobs[0].payload == "boom":
-            raise RuntimeError("boom")
+def test_a_job_past_its_deadline_is_not_run(make, machine) -> None:
+    machine.go_on.set()
+    batcher = make()
+    with pytest.raises(DeadlineExceeded):
+        batcher.submit(job("late", deadline=-1.0)).result(10)
+    assert machine.batches == []
+
+
+def test_jobs_past_their_deadline_make_room_wherever_they_wait(make, machine) -> None:
+    batcher = make(queue_size=3)
+    first = batcher.submit(job("1"))
+    machine.wait_for(1)
+    waiting = [batcher.submit(job("2")), *(batcher.submit(job(name, deadline=5.0)) for name in "34")]
+    with pytest.raises(QueueFull):
+        batcher.submit(job("5"))
+    machine.now = 6.0
+    kept = batcher.submit(job("6"))
+    for late in waiting[1:]:
+        with pytest.raises(DeadlineExceeded):
+            late.result(10)
+    machine.go_on.set()
+    assert results([first, waiting[0], kept]) == ["1", "2", "6"]
+
+
+# --- fairness -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_a_single_job_waits_for_one_batch_of_a_busy_model_and_lane(make, machine, lanes) -> None:
+    batcher = make(lanes=lanes, queue_size=1000)
+    busy = [batcher.submit(job(name, model="busy", concurrent=True)) for name in names("n", 500)]
+    machine.wait_for(lanes)
+    single = batcher.submit(job("single", group="b", model="other", concurrent=True))
+    machine.go_on.set()
+    results([*busy, single])
+    position = machine.batches.index(["single"])
+    assert position - lanes < lanes
+
+
+def test_models_share_the_seconds_of_the_device(make, machine) -> None:
+    machine.cost = lambda jobs: {"heavy": 0.1, "light": 0.01}[str(jobs[0].model)]
+    batcher = make(max_batch=1, queue_size=1000)
+    blocker = batcher.submit(job("blocker", model="light"))
+    machine.wait_for(1)
+    futures = [batcher.submit(job(name, model="heavy")) for name in names("heavy", 100)]
+    futures += [batcher.submit(job(name, model="light")) for name in names("light", 100)]
+    machine.go_on.set()
+    results([blocker, *futures])
+    counts = Counter(batch[0].rstrip("0123456789") for batch in machine.batches[:67])
+    assert counts["heavy"] == pytest.approx(6, abs=1)
+
+
+def test_time_that_a_model_did_not_ask_for_is_no_credit(make, machine) -> None:
+    batcher = make(max_batch=1, queue_size=1000)
+    machine.go_on.set()
+    results([batcher.submit(job("rare", model="rare"))])
+    results([batcher.submit(job(name, model="busy")) for name in names("n", 50)])
+    machine.go_on.clear()
+    blocker = batcher.submit(job("blocker", model="busy"))
+    machine.wait_for(52)
+    futures = [batcher.submit(job(name, model="busy")) for name in names("busy", 20)]
+    futures += [batcher.submit(job(name, model="rare")) for name in names("rare", 20)]
+    machine.go_on.set()
+    results([blocker, *futures])
+    next_ten = Counter(batch[0].rstrip("0123456789") for batch in machine.batches[52:62])
+    assert next_ten["busy"] == pytest.approx(5, abs=1)
+
+
+def test_one_long_batch_does_not_lock_its_model_out(make, machine) -> None:
+    machine.cost = lambda jobs: 600.0 if jobs[0].payload == "long" else 0.1
+    batcher = make(max_batch=1, queue_size=1000)
+    long = batcher.submit(job("long", model="slow"))
+    machine.wait_for(1)
+    rest = [batcher.submit(job(name, model="busy")) for name in names("n", 100)]
+    rest.append(batcher.submit(job("again", model="slow")))
+    machine.go_on.set()
+    results([long, *rest])
+    assert 1 < machine.batches.index(["again"]) < 15
+
+
+# --- lanes --------------------------------------------------------------------------------------
+
+
+def test_two_concurrent_jobs_overlap(make) -> None:
+    both = threading.Barrier(2, timeout=30)
+
+    def run(jobs: Sequence[Job[str, str]], pace: Pace) -> list[str]:
+        both.wait()
         return [job.payload for job in jobs]
 
-    batcher: Batcher[str, str] = Batcher(run, max_batch=1, queue_size=8, observe=lambda *_: None)
-    with pytest.raises(RuntimeError, match="boom"):
-        batcher.submit(job("boom")).result(10)
-    assert batcher.submit(job("next")).result(10) == "next"
-    assert batcher.alive
+    batcher = make(run, lanes=2)
+    assert results([batcher.submit(job(name, concurrent=True)) for name in "12"]) == ["1", "2"]
+
+
+def test_jobs_that_may_not_run_beside_others_run_on_the_thread_of_the_first_lane(make, machine) -> None:
+    batcher = make(lanes=3, max_batch=1, queue_size=100)
+    machine.go_on.set()
+    futures = []
+    with batcher._changed:  # the lanes see all of them at once
+        for index in range(20):
+            futures.append(batcher.submit(job(f"alone {index}")))
+            futures.append(batcher.submit(job(f"beside {index}", concurrent=True)))
+    results(futures)
+    of_lane = {name: pace.lane for [name], pace in zip(machine.batches, machine.paces, strict=True)}
+    assert {of_lane[f"alone {index}"] for index in range(20)} == {0}
+    assert len({machine.threads[f"alone {index}"] for index in range(20)}) == 1
+
+
+def test_a_job_of_the_first_lane_waits_while_concurrent_ones_pass(make, machine) -> None:
+    go_on = threading.Event()
+
+    def run(jobs: Sequence[Job[str, str]], pace: Pace) -> list[str | BaseException]:
+        assert not jobs[0].payload.startswith("alone") or go_on.wait(30)
+        machine.go_on.set()
+        return machine(jobs, pace)
+
+    batcher = make(run, lanes=2)
+    alone = [batcher.submit(job(f"alone{index}")) for index in range(2)]
+    assert results([batcher.submit(job(name, concurrent=True)) for name in "12"]) == ["1", "2"]
+    assert not any(future.done() for future in alone)
+    assert results([batcher.submit(job("3", concurrent=True))]) == ["3"]
+    go_on.set()
+    assert results(alone) == ["ALONE0", "ALONE1"]
+
+
+def test_lanes_that_are_free_share_what_waits(make) -> None:
+    both, sizes = threading.Barrier(2, timeout=30), []
+
+    def run(jobs: Sequence[Job[str, str]], pace: Pace) -> list[str]:
+        both.wait()
+        sizes.append(len(jobs))
+        return [job.payload for job in jobs]
+
+    batcher = make(run, lanes=2, max_batch=8)
+    with batcher._changed:  # the lanes see all of them at once
+        futures = [batcher.submit(job(name, concurrent=True)) for name in names("n", 8)]
+    results(futures)
+    assert sizes == [4, 4]
+
+
+def test_crowded_means_that_another_lane_runs(make, machine) -> None:
+    batcher = make(lanes=2)
+    first = batcher.submit(job("1", concurrent=True))
+    machine.wait_for(1)
+    second = batcher.submit(job("2", concurrent=True))
+    machine.wait_for(2)
+    machine.go_on.set()
+    results([first, second])
+    assert [pace.crowded for pace in machine.paces] == [False, True]
+    assert {pace.lane for pace in machine.paces} == {0, 1}
+
+
+def test_crowded_means_that_another_lane_will_run_at_once(make, machine) -> None:
+    batcher = make(lanes=2, max_batch=1)
+    with batcher._changed:
+        futures = [batcher.submit(job(name, concurrent=True)) for name in "12"]
+    machine.go_on.set()
+    results(futures)
+    assert machine.paces[0].crowded
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_what_no_other_lane_may_run_is_no_crowd(make, machine, lanes) -> None:
+    batcher = make(lanes=lanes, max_batch=1)
+    futures = [batcher.submit(job(name)) for name in "123"]
+    machine.go_on.set()
+    results(futures)
+    assert [pace.crowded for pace in machine.paces] == [False] * 3
+
+
+def test_the_longest_batch_says_how_long_the_lanes_are_busy(make, machine) -> None:
+    batcher = make(lanes=3)
+    assert batcher.busy_seconds() == 0.0
+    first = batcher.submit(job("1", concurrent=True))
+    machine.wait_for(1)
+    machine.now = 100.0
+    second = batcher.submit(job("2", concurrent=True))
+    machine.wait_for(2)
+    machine.now = 130.0
+    assert batcher.busy_seconds() == 130.0
+    machine.go_on.set()
+    results([first, second])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_lane_that_ends_is_noticed(machine) -> None:
+    def end(*_: Any) -> None:
+        raise SystemExit
+
+    machine.go_on.set()
+    batcher: Batcher[str, str] = Batcher(machine, lanes=2, max_batch=1, queue_size=1, observe=end)
+    assert batcher.submit(job("1")).result(10) == "1"
+    batcher._lanes[0].thread.join(10)
+    assert not batcher.alive
     batcher.stop()
 
 
-def test_a_job_past_its_deadline_is_not_run(make, recorder) -> None:
-    recorder.go_on.set()
-    batcher = make()
-    with pytest.raises(DeadlineExceeded):
-        batcher.submit(job("late", deadline=time.monotonic() - 1)).result(10)
-    assert recorder.batches == []
+def test_each_batch_is_told_with_its_model_its_images_and_its_seconds(machine) -> None:
+    told: list[tuple[Any, int, float]] = []
+    machine.go_on.set()
+    batcher: Batcher[str, str] = Batcher(
+        machine,
+        lanes=1,
+        max_batch=4,
+        queue_size=8,
+        observe=lambda *batch: told.append(batch),
+        clock=machine.clock,
+    )
+    batcher.submit(job("1", model="m", images=3)).result(10)
+    batcher.stop()
+    assert told == [("m", 3, 1.0)]
 
 
-def test_stop_answers_everyone(make, recorder) -> None:
-    batcher = make()
-    running = batcher.submit(job("1"))
-    assert recorder.running.wait(10)
-    waiting = batcher.submit(job("2"))
+# --- a full queue, and the end ------------------------------------------------------------------
+
+
+def test_a_full_queue_says_how_long_it_takes_to_drain(make, machine) -> None:
+    machine.cost = lambda jobs: 0.5 * len(jobs)
+    batcher = make(max_batch=1, queue_size=8)
+    machine.go_on.set()
+    results([batcher.submit(job(name)) for name in names("n", 8)])
+    machine.go_on.clear()
+    futures = [batcher.submit(job("running"))]
+    machine.wait_for(9)
+    futures += [batcher.submit(job(name)) for name in names("n", 8)]
+    with pytest.raises(QueueFull, match="8 images wait; the queue holds 8") as full:
+        batcher.submit(job("more"))
+    assert full.value.retry_after_s == pytest.approx(4.0)
+
+
+def test_a_full_queue_is_over_when_the_last_deadline_is(make, machine) -> None:
+    machine.cost = lambda jobs: 100.0
+    batcher = make(max_batch=1, queue_size=4)
+    machine.go_on.set()
+    results([batcher.submit(job("slow", deadline=30.0))])
+    machine.go_on.clear()
+    batcher.submit(job("running", deadline=130.0))
+    machine.wait_for(2)
+    for name in names("n", 4):
+        batcher.submit(job(name, deadline=130.0))
+    with pytest.raises(QueueFull) as full:
+        batcher.submit(job("more", deadline=130.0))
+    assert full.value.retry_after_s == pytest.approx(30.0)
+
+
+def test_a_large_job_has_a_place_in_an_empty_queue_only(make, machine) -> None:
+    batcher = make(queue_size=2)
+    first = batcher.submit(job("1"))
+    machine.wait_for(1)
+    large = batcher.submit(job("2", images=9))
+    with pytest.raises(QueueFull):
+        batcher.submit(job("3"))
+    machine.go_on.set()
+    assert results([first, large]) == ["1", "2"]
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_stop_answers_everyone_and_ends_the_lanes(make, machine, lanes) -> None:
+    batcher = make(lanes=lanes)
+    running = []
+    for index in range(lanes):
+        running.append(batcher.submit(job(f"r{index}", concurrent=True)))
+        machine.wait_for(index + 1)
+    waiting = [batcher.submit(job("2", concurrent=True)), batcher.submit(job("3"))]
     stopper = threading.Thread(target=batcher.stop)
     stopper.start()
+    for future in waiting:
+        with pytest.raises(Draining):
+            future.result(10)
     with pytest.raises(Draining):
-        waiting.result(10)
-    recorder.go_on.set()
+        batcher.submit(job("4"))
+    machine.go_on.set()
     stopper.join(10)
-    assert running.result(10) == "1"
-    with pytest.raises(Draining):
-        batcher.submit(job("3"))
+    assert results(running) == [f"R{index}" for index in range(lanes)]
+    assert not any(lane.thread.is_alive() for lane in batcher._lanes)
+
+
+# --- the event loop -----------------------------------------------------------------------------
+
+
+async def test_the_event_loop_is_told_of_a_whole_batch_at_once(make, machine) -> None:
+    batcher = make()
+    first = batcher.submit_async(job("1"))
+    machine.wait_for(1)
+    rest = [batcher.submit_async(job(name)) for name in ("2", "bad", "3")]
+    machine.go_on.set()
+    assert await first == "1"
+    assert await rest[0] == "2"
+    assert all(future.done() for future in rest)
+    assert isinstance(rest[1].exception(), ValueError)
+
+
+async def test_a_cancelled_wait_gives_its_place_back(make, machine) -> None:
+    batcher = make(queue_size=1)
+    first = batcher.submit_async(job("1"))
+    machine.wait_for(1)
+    left = job("2")
+    waiter = batcher.submit_async(left)
+    with pytest.raises(QueueFull):
+        batcher.submit_async(job("3"))
+    waiter.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiter
+    assert (await asyncio.to_thread(wait, [left.future], 10)).done
+    assert left.future.cancelled()
+    kept = batcher.submit_async(job("4"))
+    machine.go_on.set()
+    assert [await first, await kept] == ["1", "4"]
+    assert ["2"] not in machine.batches
+
+
+async def test_a_wait_cancelled_while_its_batch_runs_disturbs_nobody(make, machine) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+
+    def run(jobs: Sequence[Job[str, str]], pace: Pace) -> list[str | BaseException]:
+        if len(jobs) == 2:
+            inside.set()
+            assert go_on.wait(30)
+        return machine(jobs, pace)
+
+    batcher = make(run)
+    first = batcher.submit_async(job("0"))
+    machine.wait_for(1)
+    pair = [batcher.submit_async(job(name)) for name in "12"]
+    machine.go_on.set()
+    assert inside.wait(10)
+    pair[0].cancel()
+    go_on.set()
+    assert [await first, await pair[1]] == ["0", "2"]
+    assert pair[0].cancelled()
+    assert await batcher.submit_async(job("3")) == "3"
+
+
+async def test_a_job_that_comes_too_late_is_told_to_the_event_loop(make, machine) -> None:
+    with pytest.raises(DeadlineExceeded):
+        await make().submit_async(job("late", deadline=-1.0))
+
+
+def test_an_event_loop_that_is_gone_does_not_stop_the_lane(make, machine) -> None:
+    batcher = make()
+
+    async def leave() -> None:
+        batcher.submit_async(job("1"))
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(leave())
+    machine.wait_for(1)
+    loop.close()
+    machine.go_on.set()
+    assert batcher.submit(job("2")).result(10) == "2"
+    assert batcher.alive

@@ -1,0 +1,275 @@
+"""The converter: a process of its own, for tracing holds the interpreter and would stall the requests of the service.
+
+`python -m service.runtime.engines.converter` reads orders from its standard input, one JSON line each, and answers
+each with the facts that it found, on one line of standard output. It ends when its input does.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import logging
+import math
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from service.backbones.base import Backbone
+from service.backbones.catalogue import backbone_registry
+from service.config.files import ConfigCatalogue
+from service.errors import InvalidConfig, ServiceError
+from service.necks.catalogue import neck_registry
+from service.protocol.reply import FloatArray
+from service.runtime.engines.artefacts import Facts
+from service.runtime.engines.comparison import TOLERANCES, relative_distance
+from service.runtime.engines.openvino_engine import OpenVINODevice, OpenVINOEngine, Threads, load_openvino
+from service.runtime.engines.orders import Order
+from service.runtime.engines.torch_engine import TorchEngine
+from service.runtime.model import LoadedModel, build_model
+from service.runtime.plan import SIZE_ERRORS, Plan, Planner
+
+CPU = torch.device("cpu")
+LOWEST_PRIORITY = 19
+TIMED_RUNS = 3
+# What tracing and conversion raise for networks that they cannot follow.
+CONVERSION_ERRORS = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    NotImplementedError,
+)
+
+
+class Unconvertible(Exception):
+    """A network that OpenVINO cannot run, or not as torch does."""
+
+
+class _Outputs(nn.Module):
+    """A backbone as tracing wants it: features in a fixed order."""
+
+    def __init__(self, backbone: Backbone, nodes: Sequence[str]) -> None:
+        super().__init__()
+        self._backbone = backbone
+        self._nodes = tuple(nodes)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        found = self._backbone(images, self._nodes)
+        return tuple(found[node].float() for node in self._nodes)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One converted network beside the torch module that it should equal."""
+
+    model: LoadedModel
+    nodes: tuple[str, ...]
+    converted: OpenVINOEngine
+    channels: int
+
+    def errors_at(self, size: tuple[int, int], count: int) -> dict[str, float] | None:
+        """Relative L2 distances by node; infinite where the converted network fails, None where torch does."""
+        images = _images(count, self.channels, size)
+        try:
+            expected = self.model.engine.run(images, self.nodes, "float32", crowded=False)
+        except (*SIZE_ERRORS, InvalidConfig):
+            return None
+        try:
+            found = self.converted.run(images, self.nodes, "float32", crowded=False)
+        except CONVERSION_ERRORS:
+            return dict.fromkeys(self.nodes, float("inf"))
+        return {node: relative_distance(found[node], expected[node]) for node in self.nodes}
+
+    def difference_at(self, size: tuple[int, int], count: int) -> str:
+        """In what it differs from torch beyond the tolerance; empty if it does not, or torch takes no such input."""
+        errors = self.errors_at(size, count) or {}
+        found = max(errors.values(), default=0.0)
+        if found <= TOLERANCES["float32"]:
+            return ""
+        node = next(node for node, error in errors.items() if error == found)
+        by = f"differs from torch by {found:.1e}" if math.isfinite(found) else "gives nothing like torch's"
+        return f"it {by} at {node}, on {count} of {size[0]}x{size[1]}"
+
+
+def _images(count: int, channels: int, size: tuple[int, int]) -> FloatArray:
+    generator = np.random.default_rng(20240229)
+    return generator.standard_normal((count, channels, *size)).astype(np.float32)
+
+
+def convert(order: Order, planner: Planner, device: OpenVINODevice) -> Facts:
+    """Convert one network, compare it with torch, and write it to `order.path`.
+
+    Returns:
+        what was found out; a refusal for a network that is slower than torch, unless the order takes it.
+
+    Raises:
+        Unconvertible: it cannot be, or differs.
+        ServiceError: the config or the checkpoint cannot be loaded (any more).
+    """
+    started = time.monotonic()
+    plan = planner.plan(order.backbone)
+    model = build_model(plan, order.weights, CPU)
+    nodes = tuple(dict.fromkeys([*(feature.node for feature in plan.description.features), *order.nodes]))
+    trial, size, divisor = _widest(order, plan, model, nodes, device)
+    tried = plan.input_size if size is None else size
+    errors = trial.errors_at(tried, 1)
+    if errors is None:  # a network that does not take the usual size takes the one that is asked of it
+        tried = order.size
+        errors = trial.errors_at(tried, 1) or {}
+    assert isinstance(model.engine, TorchEngine)
+    facts = Facts(
+        model_id=order.model_id,
+        versions="",
+        outcome="converted",
+        nodes=nodes,
+        size=size,
+        divisor=divisor,
+        errors=errors,
+        cpu_ms=_timed(trial, tried),
+        seconds=round(time.monotonic() - started, 3),
+        keys=model.keys,
+        missing={node: list(missing) for node in nodes if (missing := model.engine.needs_missing(node))},
+    )
+    is_wanted = order.whatever_speed or not facts.slowness
+    return facts if is_wanted else replace(facts, outcome="refused", reason=facts.slowness)
+
+
+def _widest(
+    order: Order, plan: Plan, model: LoadedModel, nodes: tuple[str, ...], device: OpenVINODevice
+) -> tuple[_Trial, tuple[int, int] | None, int]:
+    """The conversion that takes most: every size, or those that a divisor allows, or the one that is asked for.
+
+    Tracing at another size than the architecture's own shows the code that runs there (tables of positions are
+    resized), which at its own size comes to nothing.
+    """
+    own = plan.input_size
+    for traced in () if order.one_size else dict.fromkeys((own, _larger(own))):
+        try:
+            trial = _converted(order, plan, model, nodes, device, traced, fixed=False)
+        except Unconvertible:
+            continue
+        for divisor in (1, 32):
+            if not any(trial.difference_at(size, count) for size, count in _sizes(own, divisor)):
+                return trial, None, divisor
+    trial = _converted(order, plan, model, nodes, device, order.size, fixed=True)
+    if difference := trial.difference_at(order.size, 1) or trial.difference_at(order.size, 3):
+        raise Unconvertible(difference)
+    return trial, order.size, 1
+
+
+def _larger(size: tuple[int, int]) -> tuple[int, int]:
+    return size[0] + 64, size[1] + 32
+
+
+def _sizes(own: tuple[int, int], divisor: int) -> Iterator[tuple[tuple[int, int], int]]:
+    """Inputs that a network for all sizes is tried at, [height, width] and images of each."""
+    yield own, 1
+    yield own, 3
+    yield _larger(own), 2
+    yield (own[0], own[1] + 96), 1
+    yield (-(-own[0] // 64) * 32, own[1]), 1
+    if divisor == 1:
+        yield (own[0] + 19, own[1] + 10), 1
+
+
+def _converted(
+    order: Order,
+    plan: Plan,
+    model: LoadedModel,
+    nodes: tuple[str, ...],
+    device: OpenVINODevice,
+    traced: tuple[int, int],
+    *,
+    fixed: bool,
+) -> _Trial:
+    channels = plan.description.in_channels
+    assert isinstance(model.engine, TorchEngine)
+    try:
+        _trace(_Outputs(model.engine.backbone, nodes), channels, traced, order.path, fixed=fixed)
+    except (*CONVERSION_ERRORS, InvalidConfig) as error:
+        raise Unconvertible(_first_line(error)) from error
+    gc.collect()
+    engine = OpenVINOEngine(device, order.path, nodes, {}, room=lambda: 0)
+    return _Trial(model, nodes, engine, channels)
+
+
+def _trace(network: nn.Module, channels: int, size: tuple[int, int], path: Path, *, fixed: bool) -> None:
+    openvino = load_openvino()
+    shape = openvino.PartialShape([-1, channels, *(size if fixed else (-1, -1))])
+    example = torch.from_numpy(_images(2, channels, size))
+    with torch.no_grad():
+        converted = openvino.convert_model(network, example_input=example, input=[shape])
+    openvino.save_model(converted, path, compress_to_fp16=False)
+
+
+def _first_line(error: BaseException) -> str:
+    """What a library says of a failure, without its traceback."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def _timed(trial: _Trial, size: tuple[int, int]) -> dict[str, float]:
+    """CPU milliseconds of one image by engine, on one thread: other load does not change them much."""
+    images = _images(1, trial.channels, size)
+    deepest = trial.nodes[-1:]
+    took = {
+        engine.name: _cpu_ms(lambda engine=engine: engine.run(images, deepest, "float32", crowded=False))  # type: ignore[misc]
+        for engine in (trial.model.engine, trial.converted)
+    }
+    return {name: round(spent, 3) for name, spent in took.items()}
+
+
+def _cpu_ms(run: Callable[[], object]) -> float:
+    run()
+    spent = []
+    for _ in range(TIMED_RUNS):
+        started = time.process_time()
+        run()
+        spent.append((time.process_time() - started) * 1000)
+    return statistics.median(spent)
+
+
+def answer(line: bytes, planner: Planner, device: OpenVINODevice) -> Facts:
+    """The facts for one order; a refusal where there is no network."""
+    order = Order.from_line(line)
+    try:
+        return convert(order, planner, device)
+    except (Unconvertible, ServiceError) as error:
+        reason = error.detail if isinstance(error, ServiceError) else str(error)
+        return Facts(order.model_id, "", "refused", reason, nodes=order.nodes, size=order.size)
+
+
+def main() -> None:
+    """Answer orders until there are no more."""
+    # Whatever a library prints must not come between the answers.
+    answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)
+    os.nice(LOWEST_PRIORITY)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    # Imported while a network is traced, it would put the check of its CUDA version into the network.
+    importlib.import_module("torchvision.ops")
+    torch.set_num_threads(1)
+    device = OpenVINODevice(Threads(1, 1))
+    planner = Planner(backbone_registry(), neck_registry(), ConfigCatalogue(Path()))
+    for line in sys.stdin.buffer:
+        answers.write(answer(line, planner, device).to_json() + b"\n")
+        gc.collect()
+
+
+if __name__ == "__main__":
+    main()

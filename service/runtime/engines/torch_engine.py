@@ -1,0 +1,58 @@
+"""The engine that every model starts on: the torch module itself, on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from service.backbones.base import Backbone
+from service.config.spec import Precision
+from service.protocol.reply import FloatArray
+from service.runtime.engines.base import BackboneEngine, on_device
+
+AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class TorchEngine(BackboneEngine):
+    """A backbone as it is. Only one thread may run it: OpenMP's workers belong to the thread that started them."""
+
+    name = "torch"
+
+    def __init__(self, backbone: Backbone, device: torch.device, missing: Iterable[str] = ()) -> None:
+        self.backbone = backbone
+        self.device = device
+        self._missing = frozenset(missing)
+        self._bytes = module_bytes(backbone)
+
+    @property
+    def bytes(self) -> int:
+        """Parameters and buffers."""
+        return self._bytes
+
+    @torch.inference_mode()
+    def run(
+        self,
+        images: FloatArray | Tensor,
+        nodes: Sequence[str],
+        precision: Precision,
+        *,
+        crowded: bool,  # noqa: ARG002 - one batch at a time has the device to itself
+    ) -> dict[str, Tensor]:
+        """As `BackboneEngine.run`; reduced precision is torch's autocast."""
+        tensor = on_device(images, self.device)
+        dtype = AUTOCAST.get(precision)
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            found = self.backbone(tensor, nodes)
+        return {node: feature.float() for node, feature in found.items()}
+
+    def needs_missing(self, node: str) -> Sequence[str]:
+        """As `BackboneEngine.needs_missing`, in alphabetical order."""
+        return sorted(self._missing & self.backbone.needs(node)) if self._missing else ()
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Bytes of all parameters and buffers, shared ones counted once."""
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -1,0 +1,58 @@
+"""Levels on their way from the device to the host."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from service.errors import NonFiniteLevel
+from service.protocol.reply import FloatArray
+
+
+class HostCopy:
+    """One level, copied to the host. From a CUDA device it comes by pinned memory, which the reply is written from.
+
+    Args:
+        feature: the level, on any device, float32.
+        dtype: of the copy; the device narrows it, so that half as much crosses the bus.
+    """
+
+    def __init__(self, feature: Tensor, dtype: Literal["float32", "float16"], name: str) -> None:
+        self._feature = feature
+        self._name = name
+        narrowed = feature.half() if dtype == "float16" else feature
+        self._is_finite = _begun(torch.isfinite(narrowed).all())
+        self._values = _begun(narrowed.contiguous())
+
+    def array(self) -> FloatArray:
+        """The level as a contiguous array. Ask after `wait_for_copies`.
+
+        Raises:
+            NonFiniteLevel: NaN or infinity, or a number that float16 cannot hold.
+        """
+        if not self._is_finite:
+            raise self._not_finite()
+        array: FloatArray = self._values.numpy()
+        return array
+
+    def _not_finite(self) -> NonFiniteLevel:
+        if torch.isfinite(self._feature).all():
+            detail = f"level {self._name} goes beyond what float16 holds (65504); ask for float32"
+            return NonFiniteLevel(detail)
+        return NonFiniteLevel(f"level {self._name} holds NaN or infinity")
+
+
+def wait_for_copies(device: torch.device) -> None:
+    """Return when all copies that this thread began are there."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def _begun(values: Tensor) -> Tensor:
+    """The values in the memory of the host: at once, or from a CUDA device some time after."""
+    if values.device.type != "cuda":
+        return values.cpu()
+    pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return pinned.copy_(values, non_blocking=True)
