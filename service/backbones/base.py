@@ -326,6 +326,10 @@ class Backbone(nn.Module):
             one tensor a node: maps as [n, c, h, w], tokens as [n, l, c], vectors as [n, c].
         """
 
+    def bound(self, nodes: Sequence[str]) -> Callable[[Tensor], dict[str, Tensor]]:
+        """`forward` for these nodes. What is looked up for them is looked up now, not by what traces the function."""
+        return lambda images: self(images, nodes)
+
     @abstractmethod
     def frozen(self, freeze: Freeze) -> FreezeReport:
         """What `freeze` freezes of this network, by the rule of its library (parameter names as in checkpoints)."""

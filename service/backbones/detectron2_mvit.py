@@ -213,7 +213,8 @@ class MViT(Backbone, Scale):
 
     def forward(self, images: Tensor, nodes: Sequence[str]) -> dict[str, Tensor]:
         """Normed maps of the stages in `nodes`; stops after the deepest of them."""
-        wanted, found = set(nodes), dict[str, Tensor]()
+        wanted = set(nodes)
+        found: dict[str, Tensor] = {}
         maps = self.positions.added(self.patch_embed(images), self.pos_embed)
         for block, stage in zip(self.blocks, self.ends, strict=True):
             if wanted <= found.keys():

@@ -518,11 +518,20 @@ class TorchvisionBackbone(Backbone):
         Raises:
             InvalidConfig: no such node, or one that gives none of these.
         """
+        return self.bound(nodes)(images)
+
+    def bound(self, nodes: Sequence[str]) -> Callable[[Tensor], dict[str, Tensor]]:
+        """As `Backbone.bound`; raises what `forward` raises."""
         names = tuple(sorted(set(nodes)))
         facts = _facts(self.architecture, names)
-        # Called as a module it would print a traceback to stderr for every size that the network does not take.
-        outputs = self._extractor(names).forward(images)
-        return {name: _channels_first(outputs[name], facts[name]) for name in nodes}
+        extractor = self._extractor(names)
+
+        def features(images: Tensor) -> dict[str, Tensor]:
+            # Called as a module it would print a traceback to stderr for every size that the network does not take.
+            outputs = extractor.forward(images)
+            return {name: _channels_first(outputs[name], facts[name]) for name in nodes}
+
+        return features
 
     def _extractor(self, names: tuple[str, ...]) -> fx.GraphModule:
         with _EXTRACTORS:

@@ -167,7 +167,7 @@ class PatchEmbed(nn.Module):
         """
         strides = self.proj.stride
         patches = math.prod(
-            ceil_div(side, stride) for side, stride in zip(images.shape[2:], strides, strict=True)
+            [ceil_div(side, stride) for side, stride in zip(images.shape[2:], strides, strict=True)]
         )
         if patches > MAX_PATCHES:
             raise TooLarge(f"{patches} patches of {strides[0]} px; the limit is {MAX_PATCHES}")

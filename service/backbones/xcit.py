@@ -28,6 +28,7 @@ from service.backbones.openmmlab import (
     norm_fault,
 )
 from service.backbones.token_outputs import TokenConfig, parse_node, token_features, token_output
+from service.backbones.tracing import is_tracing
 from service.backbones.transformer_layers import FeedForward, by_head
 from service.backbones.vision_transformer import Pixels, before
 from service.checkpoints.layouts import KeyLayout, Naming, below, rules
@@ -95,18 +96,21 @@ class FourierPositions(nn.Module):
         none = ActivationSpec("none")
         self.token_projection = ConvModule(2 * WAVES, spec.width, 1, norm=None, activation=none)
 
-    def forward(self, rows: int, columns: int) -> Tensor:
-        """[1, width, rows, columns]."""
+    def forward(self, maps: Tensor) -> Tensor:
+        """[n, c, h, w] to what is added to it, [1, width, h, w]."""
+        images, _, rows, columns = maps.shape
         weight = self.token_projection.conv.weight
         down, right = (waves(count, device=weight.device) for count in (rows, columns))
-        maps = torch.cat(
+        turns = torch.cat(
             (
                 down[:, None].expand(rows, columns, WAVES),
                 right[None].expand(rows, columns, WAVES),
             ),
             dim=-1,
         )
-        projected: Tensor = self.token_projection(maps.permute(2, 0, 1)[None].to(weight.dtype))
+        # OpenVINO adds within the convolution, and would take what is added to for one image as well.
+        turned = turns.permute(2, 0, 1).expand(images if is_tracing() else 1, -1, -1, -1)
+        projected: Tensor = self.token_projection(turned.to(weight.dtype))
         return projected
 
 
@@ -302,7 +306,7 @@ class XCiT(Backbone, Scale):
         maps = self.patch_embed(images)
         grid = maps.shape[2], maps.shape[3]
         if self.pos_embed is not None:
-            maps = maps + self.pos_embed(*grid)
+            maps = maps + self.pos_embed(maps)
         tokens, found = maps.flatten(2).transpose(1, 2), {}
         wanted = [(node, *parse_node(node)) for node in nodes]
         for index in range(max(index for _, index, _ in wanted) + 1):

@@ -105,25 +105,33 @@ class ModelCache(Generic[M]):
         Raises:
             OutOfMemory: it does not fit, or nothing could be evicted in time.
         """
-        entry = await self._acquire(key, needed_bytes, build)
+        entry = self.hold(key) or await self.acquire(key, needed_bytes, build)
         try:
             yield entry
         finally:
-            self._release(entry)
+            self.release(entry)
 
-    async def _acquire(self, key: str, needed_bytes: int, build: Callable[[], tuple[M, int]]) -> Entry[M]:
-        while (entry := self._entries.get(key)) is None:
+    def hold(self, key: str) -> Entry[M] | None:
+        """The model of this key if it is there, not evicted until it is given to `release`."""
+        entry = self._entries.get(key)
+        if entry is not None:
+            entry.leases += 1
+            entry.hits += 1
+            entry.last_used = time.time()
+        return entry
+
+    async def acquire(self, key: str, needed_bytes: int, build: Callable[[], tuple[M, int]]) -> Entry[M]:
+        """As `lease`, for who releases it otherwise than by leaving a block."""
+        while (entry := self.hold(key)) is None:
             if key not in self._loads:
                 self.admit(needed_bytes)
                 self._loads[key] = asyncio.create_task(self._load(key, needed_bytes, build))
             # One waiter that gives up does not stop the load for the others.
             await asyncio.shield(self._loads[key])
-        entry.leases += 1
-        entry.hits += 1
-        entry.last_used = time.time()
         return entry
 
-    def _release(self, entry: Entry[M]) -> None:
+    def release(self, entry: Entry[M]) -> None:
+        """Give back what `hold` or `acquire` gave."""
         entry.leases -= 1
         entry.last_used = time.time()
         if entry.doomed and entry.leases == 0:

@@ -104,12 +104,12 @@ class Engine:
         """
         refuse_emulated(query.precision, self.precisions, self.device)
         deadline = time.monotonic() + self.settings.request_timeout
-        async with until(
-            deadline, DeadlineExceeded("the deadline passed while the config was being resolved")
-        ):
-            plan = await self.plan(query.backbone, query.neck, query.preprocess)
-            with named_in_errors(_name(query.backbone)):
-                spec = plan.spec
+        plan = self._known(query)
+        if plan is None:
+            async with until(deadline, _not_resolved):
+                plan = await self.plan(query.backbone, query.neck, query.preprocess)
+        with named_in_errors(_name(query.backbone)):
+            spec = plan.spec
         weights = await self._found(plan.weights, plan.type, deadline)
         neck_type = plan.type if plan.neck is None else plan.neck.type
         neck_weights = await self._found(_neck_ref(plan), neck_type, deadline)
@@ -118,6 +118,12 @@ class Engine:
         is_small = query.bytes <= MAX_DIGESTED_AT_ONCE
         digest = fingerprint(*parts) if is_small else await on_thread(self._codecs, fingerprint, *parts)
         return Prepared(query, plan, spec, weights, neck_weights, identity, digest, deadline)
+
+    def _known(self, query: FeatureQuery) -> Plan | None:
+        """The plan of a config that was resolved before and depends on no file."""
+        if isinstance(query.backbone, str) or is_hub_model(query.backbone):
+            return None
+        return self.planner.known(query.backbone, query.neck, query.preprocess)
 
     async def plan(self, backbone: Any, neck: Any = None, preprocess: Any = None) -> Plan:
         """A config, or the name of one, resolved.
@@ -160,7 +166,10 @@ class Engine:
             refuse_reply: given the shapes and names of the levels before anything is computed; raises if they
                 make no reply that may be sent.
         """
-        late = DeadlineExceeded(f"the request took longer than {self.settings.request_timeout:g} s")
+
+        def late() -> ServiceError:
+            return DeadlineExceeded(f"the request took longer than {self.settings.request_timeout:g} s")
+
         clock = _Clock()
         async with until(prepared.deadline, late):
             batch = await self._batch(prepared)
@@ -360,6 +369,10 @@ def _size(batch: Batch | ByteBatch) -> tuple[int, int]:
 def _size_pointer(query: FeatureQuery) -> str:
     """Where a request says how large its images are."""
     return SIZE_POINTER if query.tensor is None else "#/tensor"
+
+
+def _not_resolved() -> ServiceError:
+    return DeadlineExceeded("the deadline passed while the config was being resolved")
 
 
 class _Clock:

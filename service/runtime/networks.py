@@ -95,15 +95,16 @@ class Networks:
         if self.promotions is None:
             return None
         target = _target(prepared, size)
-        async with until(prepared.deadline, _still("being converted")):
-            artefact = await self.promotions.choose(target)
+        artefact = self.promotions.serving(target)
+        if artefact is None:
+            async with until(prepared.deadline, partial(_still, "being converted")):
+                artefact = await self.promotions.choose(target)
         if artefact is None:
             return None
         load = partial(self.promotions.load, artefact, target)
-        needed = self.promotions.needed_bytes(artefact)
         self._note_load(artefact.key, prepared.model_id, target.plan.type, target.weights)
         try:
-            return await self._lease(artefact.key, needed, load, prepared.deadline, stack)
+            return await self._lease(artefact.key, artefact.needed_bytes, load, prepared.deadline, stack)
         except ArtefactLost:
             self.promotions.lost(artefact, prepared.model_id)
             return None
@@ -146,10 +147,12 @@ class Networks:
         deadline: float,
         stack: AsyncExitStack,
     ) -> Entry[LoadedNetwork]:
-        async with until(deadline, _still("loading")):
-            return await stack.enter_async_context(
-                self.cache.lease(key, needed_bytes, partial(self._counted, build))
-            )
+        entry = self.cache.hold(key)
+        if entry is None:
+            async with until(deadline, partial(_still, "loading")):
+                entry = await self.cache.acquire(key, needed_bytes, partial(self._counted, build))
+        stack.callback(self.cache.release, entry)
+        return entry
 
     def _counted(self, build: Callable[[], LoadedNetwork]) -> tuple[LoadedNetwork, int]:
         """A load, counted by how it went."""

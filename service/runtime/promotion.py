@@ -20,13 +20,13 @@ from typing import Any, Literal
 
 import torch
 
-from service.errors import InvalidConfig, ServiceError
+from service.errors import CannotStart, InvalidConfig, ServiceError
 from service.metrics import Metrics
 from service.runtime.cache import ModelCache
 from service.runtime.device import available_cores
 from service.runtime.engines.artefacts import Artefact, ArtefactStore
 from service.runtime.engines.comparison import difference
-from service.runtime.engines.conversion import ConversionFailed, Converter
+from service.runtime.engines.conversion import ConversionFailed, Converter, NoLongerWanted
 from service.runtime.engines.openvino_engine import OpenVINODevice, OpenVINOEngine, Threads
 from service.runtime.engines.orders import Order
 from service.runtime.engines.samples import Samples
@@ -43,6 +43,8 @@ MAX_SIZES = 4
 # Input sizes that torch lately answered for one model.
 SIZES_REMEMBERED = 16
 RECORDS_KEPT = 4096
+# Models that are being converted or wait for it.
+MAX_UNDER_WAY = 8
 # What OpenVINO raises when it reads or runs a network.
 ENGINE_ERRORS = (RuntimeError, ValueError, TypeError, OSError)
 CPU = torch.device("cpu")
@@ -134,21 +136,30 @@ class Promotions:
         """The promotions that the settings ask for; None where torch answers everything.
 
         Raises:
-            ValueError: the engine that is set does not run on the device.
+            CannotStart: the engine that is set does not run on the device.
         """
         if settings.engine == "openvino" and device.type != "cpu":
-            raise ValueError(f"engine openvino runs on the CPU, not on {device}")
+            raise CannotStart(f"engine openvino runs on the CPU, not on {device}")
         if settings.engine not in ("auto", "openvino") or device.type != "cpu":
             return None
         if find_spec("openvino") is None:  # there are processors that it is not built for
             if settings.engine == "openvino":
-                raise ValueError("engine openvino is not installed on this machine")
+                raise CannotStart("engine openvino is not installed on this machine")
             return None
         store = ArtefactStore(settings.engine_cache, settings.engine_cache_bytes)
         openvino = OpenVINODevice(Threads.of(available_cores()))
         return cls(openvino, store, cache, metrics, is_required=settings.engine == "openvino")
 
     # --- which engine answers -------------------------------------------------------------------
+
+    def serving(self, target: Target) -> Artefact | None:
+        """As `choose`, as far as is known without a look at the disk or a conversion."""
+        record = self._records.get(target.model_id)
+        artefact = None if record is None else record.serving(target)
+        if artefact is None or not (artefact.facts.compared or self._is_required):
+            return None
+        self._records.move_to_end(target.model_id)
+        return artefact
 
     async def choose(self, target: Target) -> Artefact | None:
         """The converted network that answers a request; None where torch does.
@@ -240,8 +251,18 @@ class Promotions:
     def _begin_if_due(self, record: _Record, target: Target) -> None:
         of_one_size = sum(1 for known in record.artefacts if known.facts.size is not None)
         is_free = record.task is None and record.state != "stays"
-        if is_free and record.requests >= FIRST_REQUESTS and of_one_size < MAX_SIZES:
+        if not (is_free and record.requests >= FIRST_REQUESTS and of_one_size < MAX_SIZES):
+            return
+        under_way = sum(1 for known in self._records.values() if known.task is not None)
+        record.reason = "" if self._fits(target) else "the budget has no room for it beside the other models"
+        if under_way < MAX_UNDER_WAY and not record.reason:
             self._begin(record, target)
+
+    def _fits(self, target: Target) -> bool:
+        """Whether a model can go over without others having to go: what torch holds of it is given back after."""
+        held = sum(entry.bytes for entry in self._cache if entry.key == target.model_id)
+        needed = OpenVINOEngine.estimated_bytes(target.plan.description.bytes, 1)
+        return self._cache.used_bytes - held + needed <= self._cache.budget_bytes
 
     def _begin(self, record: _Record, target: Target) -> asyncio.Task[None]:
         record.converting_for = target.asked
@@ -266,6 +287,8 @@ class Promotions:
                 record.state = "comparing"
                 artefact = await self._compared(record, artefact, target)
                 unwanted = artefact.facts.reason
+        except NoLongerWanted:
+            return
         except (ConversionFailed, ServiceError, ArtefactLost) as error:
             reason = error.detail if isinstance(error, ServiceError) else str(error)
             record.state, record.reason = "stays", reason or "the converted network cannot be read"
@@ -276,6 +299,9 @@ class Promotions:
             record.state, record.reason = "stays", unwanted
             self._metrics.promotions.labels("refused").inc()
             return
+        if not artefact.facts.compared and not self._is_required:
+            record.state = "waiting"  # for a request of a size that it takes
+            return
         record.state, record.reason = "promoted", ""
         self._metrics.promotions.labels("promoted").inc()
         self._give_back(record, target.model_id)
@@ -285,7 +311,13 @@ class Promotions:
         return artefact.facts.reason or ("" if self._is_required else artefact.facts.slowness)
 
     async def _converted(self, record: _Record, target: Target) -> Artefact:
-        record.state = "converting"
+        """A conversion, in its turn, unless the model has had to make room for others meanwhile."""
+
+        def is_wanted() -> bool:
+            is_here = self._is_required or target.model_id in self._cache
+            record.state = "converting" if is_here else "waiting"
+            return is_here
+
         path = self._store.folder / f".{secrets.token_hex(8)}.xml"
         order = Order.of(
             target.plan,
@@ -296,7 +328,7 @@ class Promotions:
             whatever_speed=self._is_required,
         )
         try:
-            facts = await self._converter.convert(order)
+            facts = await self._converter.convert(order, is_wanted)
             made = path if facts.outcome == "converted" else None
             return await on_thread(self._thread, self._store.keep, facts, made)
         finally:
@@ -311,8 +343,9 @@ class Promotions:
         ]
         if not samples:
             return artefact
-        needed = self.needed_bytes(artefact)
-        async with self._cache.lease(artefact.key, needed, partial(self._sized, artefact, target)) as entry:
+        async with self._cache.lease(
+            artefact.key, artefact.needed_bytes, partial(self._sized, artefact, target)
+        ) as entry:
             assert isinstance(entry.model, LoadedModel)
             differing = await on_thread(self._thread, difference, entry.model.engine, samples)
         if differing is None:
@@ -326,11 +359,6 @@ class Promotions:
         record.on_torch.clear()
         if not needed and model_id in self._cache:
             self._cache.unload(model_id)
-
-    @staticmethod
-    def needed_bytes(artefact: Artefact) -> int:
-        """What a converted network takes in memory, about, before it is there."""
-        return OpenVINOEngine.estimated_bytes(artefact.weight_bytes, 1)
 
     # --- for whoever asks -----------------------------------------------------------------------
 

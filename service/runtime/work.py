@@ -75,8 +75,7 @@ class DeviceRunner:
     def __call__(self, jobs: Sequence[WorkJob], pace: Pace) -> list[Done | BaseException]:
         """Run one batch; the jobs share model, neck, input shape and precision."""
         started = time.monotonic()
-        # Beside OpenVINO's threads those of torch would only be in the way; what is left for it is small.
-        use_threads(self._cores if pace.lane == 0 and not jobs[0].concurrent else 1)
+        use_threads(self._threads(jobs[0], pace))
         features = self._forward([job.payload for job in jobs], pace)
         begun: list[Begun] = []
         first = 0
@@ -86,6 +85,12 @@ class DeviceRunner:
             begun.append(_begin(job.payload, own))
         wait_for_copies(jobs[0].payload.model.device)
         return [_finish(job, copies, started) for job, copies in zip(jobs, begun, strict=True)]
+
+    def _threads(self, job: WorkJob, pace: Pace) -> int:
+        """Threads for torch: beside those of OpenVINO more would only be in the way of both."""
+        owns_torch = pace.lane == 0 and not job.concurrent
+        gains = job.payload.neck is not None or job.payload.model.engine.gains_by_threads
+        return self._cores if owns_torch and gains else 1
 
     def _forward(self, works: Sequence[Work], pace: Pace) -> dict[str, Tensor]:
         """Features of all images; levels that any of the requests asks for."""

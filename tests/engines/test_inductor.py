@@ -85,7 +85,7 @@ def promote(service: RunningService, config: Any, tensor: np.ndarray, **parts: A
 
 def entry_of(service: RunningService, model_id: str) -> dict[str, Any]:
     [entry] = [entry for entry in service.http.get("/models").json()["models"] if entry["id"] == model_id]
-    return entry
+    return dict(entry)
 
 
 class Promoted:

@@ -20,7 +20,7 @@ from service.backbones.lazyconfig import from_lazyconfig
 from service.backbones.registry import json_type
 from service.client import BackboneClient, BackboneServiceError
 from tests.conftest import RunningService, settings_for
-from tests.parity.packs import Pack, load_pack, pack_names, relative_error, write_checkpoint
+from tests.parity.packs import load_pack, pack_names, relative_error, write_checkpoint
 from tests.parity.test_http import features_of
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed on this machine")

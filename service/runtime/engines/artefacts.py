@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,7 @@ from typing import Literal
 import orjson
 
 from service.config.spec import LoadedKeys
+from service.runtime.engines.openvino_engine import OpenVINOEngine
 from service.version import service_version
 
 Outcome = Literal["converted", "refused"]
@@ -111,18 +113,23 @@ class Artefact:
     facts: Facts
     path: Path
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Its name among all artefacts, and among the networks in memory."""
         return self.path.stem
 
-    @property
+    @cached_property
     def weight_bytes(self) -> int:
-        """Bytes of its constants on disk; 0 if they are gone."""
+        """Bytes of its constants on disk when they were first asked for; 0 if they were gone."""
         try:
             return self.path.with_suffix(".bin").stat().st_size
         except OSError:
             return 0
+
+    @property
+    def needed_bytes(self) -> int:
+        """What it takes in memory, about, before it is there."""
+        return OpenVINOEngine.estimated_bytes(self.weight_bytes, 1)
 
 
 class ArtefactStore:

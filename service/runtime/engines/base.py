@@ -21,12 +21,16 @@ class BackboneEngine(ABC):
     Attributes:
         name: which engine it is, as replies and `GET /models` say it.
         concurrent: whether several threads may call `run` at a time and gain by it.
+        gains_by_threads: whether torch should use more than one thread for what this engine does.
         by_nodes: whether requests for other features should not share a batch.
     """
 
     name: ClassVar[EngineName]
     concurrent: ClassVar[bool] = False
     by_nodes: ClassVar[bool] = False
+
+    # Threads of torch pay only in networks that take longer than what it takes to wake them.
+    gains_by_threads: bool = True
 
     @property
     @abstractmethod

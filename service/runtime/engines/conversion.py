@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 
 from service.runtime.engines.artefacts import Facts
@@ -13,6 +14,8 @@ from service.runtime.engines.orders import Order
 COMMAND = (sys.executable, "-m", "service.runtime.engines.converter")
 CONVERSION_TIMEOUT_S = 900.0
 MAX_ANSWER_BYTES = 64 * 2**20
+# torch keeps something of every network that it traced, 20 MB of a ResNet.
+NETWORKS_PER_PROCESS = 32
 # It has the lowest priority, and must not wait for cores that the service's threads hold.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
@@ -25,6 +28,10 @@ class ConverterEnded(ConversionFailed):
     """The converter ended while it worked on a network: a network that OpenVINO cannot run may do that."""
 
 
+class NoLongerWanted(Exception):
+    """Nobody needs the network any more whose turn has come."""
+
+
 class Converter:
     """Converts one network at a time, in the order of asking. Belongs to one event loop."""
 
@@ -32,16 +39,25 @@ class Converter:
         self._process: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
         self._asking = 0
+        self._converted = 0
 
-    async def convert(self, order: Order) -> Facts:
+    async def convert(self, order: Order, is_wanted: Callable[[], bool] = lambda: True) -> Facts:
         """What the converter found out about a network.
+
+        Args:
+            is_wanted: asked when its turn has come.
 
         Raises:
             ConversionFailed: it gave no answer.
+            NoLongerWanted: it was not wanted any more.
         """
         self._asking += 1
         try:
             async with self._turn:
+                if not is_wanted():
+                    raise NoLongerWanted
+                if self._converted >= NETWORKS_PER_PROCESS:
+                    await self._end()
                 try:
                     return await self._ask(order)
                 except ConverterEnded:
@@ -69,6 +85,7 @@ class Converter:
         if not line.endswith(b"\n"):
             self.kill()
             raise ConverterEnded("the converter ended early")
+        self._converted += 1
         return Facts.from_json(line)
 
     async def _running(self) -> asyncio.subprocess.Process:
@@ -80,6 +97,7 @@ class Converter:
                 limit=MAX_ANSWER_BYTES,
                 env={**os.environ, **ENVIRONMENT},
             )
+            self._converted = 0
         return self._process
 
     async def _end(self) -> None:

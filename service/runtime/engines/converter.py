@@ -7,7 +7,6 @@ each with the facts that it found, on one line of standard output. It ends when 
 from __future__ import annotations
 
 import gc
-import importlib
 import logging
 import math
 import os
@@ -29,6 +28,7 @@ from service.config.files import ConfigCatalogue
 from service.errors import InvalidConfig, ServiceError
 from service.necks.catalogue import neck_registry
 from service.protocol.reply import FloatArray
+from service.runtime.device import return_freed_memory
 from service.runtime.engines.artefacts import Facts
 from service.runtime.engines.comparison import TOLERANCES, relative_distance
 from service.runtime.engines.openvino_engine import OpenVINODevice, OpenVINOEngine, Threads, load_openvino
@@ -40,6 +40,10 @@ from service.runtime.plan import SIZE_ERRORS, Plan, Planner
 CPU = torch.device("cpu")
 LOWEST_PRIORITY = 19
 TIMED_RUNS = 3
+# A run that takes this long tells enough by itself.
+LONG_RUN_MS = 1000.0
+LARGEST_TRIED = 512
+SMALLER = 256, 256
 # What tracing and conversion raise for networks that they cannot follow.
 CONVERSION_ERRORS = (
     RuntimeError,
@@ -155,14 +159,14 @@ def _widest(
     resized), which at its own size comes to nothing.
     """
     own = plan.input_size
-    for traced in () if order.one_size else dict.fromkeys((own, _larger(own))):
+    near = _affordable(own)
+    for traced in () if order.one_size else dict.fromkeys((near, _larger(near), own)):
         try:
             trial = _converted(order, plan, model, nodes, device, traced, fixed=False)
         except Unconvertible:
             continue
-        for divisor in (1, 32):
-            if not any(trial.difference_at(size, count) for size, count in _sizes(own, divisor)):
-                return trial, None, divisor
+        if not any(trial.difference_at(size, count) for size, count in _sizes(own, near)):
+            return trial, None, 32 if trial.difference_at((near[0] + 19, near[1] + 10), 1) else 1
     trial = _converted(order, plan, model, nodes, device, order.size, fixed=True)
     if difference := trial.difference_at(order.size, 1) or trial.difference_at(order.size, 3):
         raise Unconvertible(difference)
@@ -173,15 +177,19 @@ def _larger(size: tuple[int, int]) -> tuple[int, int]:
     return size[0] + 64, size[1] + 32
 
 
-def _sizes(own: tuple[int, int], divisor: int) -> Iterator[tuple[tuple[int, int], int]]:
-    """Inputs that a network for all sizes is tried at, [height, width] and images of each."""
+def _affordable(own: tuple[int, int]) -> tuple[int, int]:
+    """The size that most trials are near to: a network for images of 1024 pixels would take minutes at its own."""
+    return own if max(own) <= LARGEST_TRIED else SMALLER
+
+
+def _sizes(own: tuple[int, int], near: tuple[int, int]) -> Iterator[tuple[tuple[int, int], int]]:
+    """Inputs that a network for all sizes is tried at, [height, width] and images of each; all but one near a size."""
+    height, width = near
     yield own, 1
-    yield own, 3
-    yield _larger(own), 2
-    yield (own[0], own[1] + 96), 1
-    yield (-(-own[0] // 64) * 32, own[1]), 1
-    if divisor == 1:
-        yield (own[0] + 19, own[1] + 10), 1
+    yield near, 3
+    yield _larger(near), 2
+    yield (height, width + 96), 1
+    yield (-(-height // 64) * 32, width), 1
 
 
 def _converted(
@@ -210,6 +218,9 @@ def _trace(network: nn.Module, channels: int, size: tuple[int, int], path: Path,
     shape = openvino.PartialShape([-1, channels, *(size if fixed else (-1, -1))])
     example = torch.from_numpy(_images(2, channels, size))
     with torch.no_grad():
+        network(
+            example
+        )  # what it imports and works out on its first pass must not become a part of the trace
         converted = openvino.convert_model(network, example_input=example, input=[shape])
     openvino.save_model(converted, path, compress_to_fp16=False)
 
@@ -234,13 +245,14 @@ def _timed(trial: _Trial, size: tuple[int, int]) -> dict[str, float]:
 
 
 def _cpu_ms(run: Callable[[], object]) -> float:
+    first = _spent_ms(run)
+    return first if first > LONG_RUN_MS else statistics.median(_spent_ms(run) for _ in range(TIMED_RUNS))
+
+
+def _spent_ms(run: Callable[[], object]) -> float:
+    started = time.process_time()
     run()
-    spent = []
-    for _ in range(TIMED_RUNS):
-        started = time.process_time()
-        run()
-        spent.append((time.process_time() - started) * 1000)
-    return statistics.median(spent)
+    return (time.process_time() - started) * 1000
 
 
 def answer(line: bytes, planner: Planner, device: OpenVINODevice) -> Facts:
@@ -261,14 +273,12 @@ def main() -> None:
     os.nice(LOWEST_PRIORITY)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    # Imported while a network is traced, it would put the check of its CUDA version into the network.
-    importlib.import_module("torchvision.ops")
     torch.set_num_threads(1)
     device = OpenVINODevice(Threads(1, 1))
     planner = Planner(backbone_registry(), neck_registry(), ConfigCatalogue(Path()))
     for line in sys.stdin.buffer:
         answers.write(answer(line, planner, device).to_json() + b"\n")
-        gc.collect()
+        return_freed_memory(CPU)
 
 
 if __name__ == "__main__":

@@ -288,12 +288,13 @@ def _feature_function(backbone: Backbone, shape: Shape, device: torch.device) ->
     It has a code object of its own: with that torch keeps what it compiles, eight of each at most, while it lives.
     """
     dtype = AUTOCAST.get(shape.precision)
+    bound = backbone.bound(shape.nodes)
 
     def features(images: Tensor) -> tuple[Tensor, ...]:
         if not torch.compiler.is_compiling():
             raise NotCompiled
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            found = backbone(images, shape.nodes)
+            found = bound(images)
         return tuple(found[node].float() for node in shape.nodes)
 
     code = features.__code__.replace()
