@@ -115,9 +115,9 @@ class Compilations:
 
     def answering(self, model: LoadedModel, shape: Shape) -> LoadedModel:
         """A model as it answers requests of a shape: by compiled code if there is some, else by torch."""
+        model.samples = self._record(model.id).samples  # of compiled code only the image is used
         if model.compiled is not None and model.compiled.serves(shape):
-            return replace(model, engine=model.compiled, samples=None)
-        model.samples = self._record(model.id).samples
+            return replace(model, engine=model.compiled)
         return model
 
     def _record(self, model_id: str) -> _Record:

@@ -18,7 +18,7 @@ from service.config.spec import WeightsRef
 from service.errors import DeadlineExceeded, ServiceError
 from service.metrics import Metrics
 from service.necks.catalogue import neck_registry
-from service.protocol.reply import FeatureReply, FloatArray, Timings
+from service.protocol.reply import FeatureReply, FloatArray, ModelInfo, Timings
 from service.runtime.batcher import Batcher
 from service.runtime.device import available_cores, compute_in_float32, pick_device
 from service.runtime.device_images import Upload, Uploads
@@ -38,6 +38,7 @@ from service.runtime.plan import (
 )
 from service.runtime.postprocess import refuse_pool
 from service.runtime.precision import ALL, native_precisions, refuse_emulated
+from service.runtime.promotion import EngineFailed
 from service.runtime.query import FeatureQuery, Prepared, fingerprint
 from service.runtime.report import model_info, reply_levels
 from service.runtime.threads import on_thread, until
@@ -86,7 +87,7 @@ class Engine:
         cores = available_cores()
         self.batcher: Batcher[Work, Done] = Batcher(
             DeviceRunner(settings.max_batch, cores),
-            lanes=1 if self.networks.promotions is None else Threads.of(cores).streams,
+            lanes=1 if self.networks.promotions is None else Threads.of(cores).streams + 1,
             max_batch=settings.max_batch,
             queue_size=settings.queue_size,
             observe=self._observe_batch,
@@ -177,13 +178,10 @@ class Engine:
             shapes = pooled_shapes(levels, len(batch.infos), prepared.query.pool)
             refuse_reply(shapes, [level.fact.name for level in levels])
         clock.lap("decode")
-        async with self.networks.leased(prepared, _size(batch)) as (_, model, neck):
-            clock.lap("load")
-            async with until(prepared.deadline, late):
-                done = await self._compute(prepared, batch, levels, model, neck)
-            clock.note("queue", done.queue_s)
-            clock.note("forward", done.forward_s)
-            described = model_info(prepared, model, neck)
+        try:
+            done, described = await self._answered(prepared, batch, levels, clock, late)
+        except EngineFailed:  # it is not asked again, and torch is
+            done, described = await self._answered(prepared, batch, levels, clock, late)
         self._observe_stages(clock.seconds)
         return FeatureReply(
             model=described,
@@ -192,6 +190,27 @@ class Engine:
             timings=Timings(**{stage: seconds * 1000 for stage, seconds in clock.seconds.items()}),
             preprocess=None if prepared.query.tensor is not None else prepared.spec.as_json(),
         )
+
+    async def _answered(
+        self,
+        prepared: Prepared,
+        batch: Batch | ByteBatch,
+        levels: tuple[LevelShape, ...],
+        clock: _Clock,
+        late: Callable[[], ServiceError],
+    ) -> tuple[Done, ModelInfo]:
+        """The levels, and the model that gave them.
+
+        Raises:
+            EngineFailed: a converted network failed on this input, and answers no more.
+        """
+        async with self.networks.leased(prepared, _size(batch)) as (_, model, neck):
+            clock.lap("load")
+            async with until(prepared.deadline, late):
+                done = await self._compute(prepared, batch, levels, model, neck)
+            clock.note("queue", done.queue_s)
+            clock.note("forward", done.forward_s)
+            return done, model_info(prepared, model, neck)
 
     async def encode(self, encode: Callable[[], T]) -> T:
         """Run an encoder off the event loop."""
@@ -259,10 +278,12 @@ class Engine:
         job: WorkJob = WorkJob(group, len(batch.infos), work, prepared.deadline, model.id, concurrent)
         try:
             return await self.batcher.submit_async(job)
-        except SIZE_ERRORS:
+        except SIZE_ERRORS as error:
             height, width = batch.images.shape[2:]
             # Says so if it is the size that the architecture does not take; any other failure is ours.
             await self.planning(self.planner.levels_at, plan, (height, width), _size_pointer(query))
+            if self.networks.distrust(model, (height, width)):
+                raise EngineFailed from error
             raise
 
     # --- models ---------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 
 from service.errors import NonFiniteLevel
 from service.protocol.reply import FloatArray
+
+# The smallest number that rounds to infinity in float16.
+FLOAT16_OVERFLOW = 65520.0
 
 
 class HostCopy:
@@ -22,9 +26,11 @@ class HostCopy:
     def __init__(self, feature: Tensor, dtype: Literal["float32", "float16"], name: str) -> None:
         self._feature = feature
         self._name = name
-        narrowed = feature.half() if dtype == "float16" else feature
-        self._is_finite = _begun(torch.isfinite(narrowed).all())
-        self._values = _begun(narrowed.contiguous())
+        narrows = dtype == "float16"
+        # NaN and infinity stay in a sum, which takes a thirtieth of the time of looking at every number.
+        self._limits = _begun(torch.stack(feature.aminmax()) if narrows else feature.sum())
+        self._largest = FLOAT16_OVERFLOW if narrows else math.inf
+        self._values = _begun((feature.half() if narrows else feature).contiguous())
 
     def array(self) -> FloatArray:
         """The level as a contiguous array. Ask after `wait_for_copies`.
@@ -32,16 +38,18 @@ class HostCopy:
         Raises:
             NonFiniteLevel: NaN or infinity, or a number that float16 cannot hold.
         """
-        if not self._is_finite:
-            raise self._not_finite()
+        if not bool((self._limits.abs() < self._largest).all()):  # nor is it for NaN
+            self._refuse()
         array: FloatArray = self._values.numpy()
         return array
 
-    def _not_finite(self) -> NonFiniteLevel:
-        if torch.isfinite(self._feature).all():
+    def _refuse(self) -> None:
+        """Say what is wrong; nothing is where only the sum itself overflowed."""
+        if not torch.isfinite(self._feature).all():
+            raise NonFiniteLevel(f"level {self._name} holds NaN or infinity")
+        if self._values.dtype == torch.float16:
             detail = f"level {self._name} goes beyond what float16 holds (65504); ask for float32"
-            return NonFiniteLevel(detail)
-        return NonFiniteLevel(f"level {self._name} holds NaN or infinity")
+            raise NonFiniteLevel(detail)
 
 
 def wait_for_copies(device: torch.device) -> None:

@@ -223,6 +223,27 @@ class Planner:
 
         return self._meta.get(config.key(), build)
 
+    def computable(self, plan: Plan) -> tuple[str, ...]:
+        """The features that the network of a plan has, shallow to deep, and those that it asks for beside them.
+
+        OpenMMLab builds the norms of only those levels that a config asks for, and can give no others.
+        """
+        nodes = dict.fromkeys([*(feature.node for feature in plan.description.features), *plan.nodes])
+        if self._can_compute(plan, tuple(nodes)):
+            return tuple(nodes)
+        return tuple(node for node in nodes if node in plan.nodes or self._can_compute(plan, (node,)))
+
+    def _can_compute(self, plan: Plan, nodes: tuple[str, ...]) -> bool:
+        backbone = self._meta_backbone(plan.family, plan.config)
+        try:
+            with shapes_only():
+                backbone(torch.empty((1, plan.description.in_channels, *plan.input_size)), nodes)
+        except SIZE_ERRORS:
+            return True  # it takes other sizes
+        except AttributeError:
+            return False
+        return True
+
     def _frozen(self, family: Family[Any], config: BackboneConfig, description: Description) -> FreezeReport:
         """What a config freezes; builds nothing where that is nothing and the description counts parameters."""
         freeze = config.freeze()

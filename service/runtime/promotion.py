@@ -52,6 +52,10 @@ log = logging.getLogger("service.engines")
 Asked = tuple[tuple[str, ...], tuple[int, int]]
 
 
+class EngineFailed(Exception):
+    """A converted network that was promoted failed on an input that torch takes."""
+
+
 class ArtefactLost(Exception):
     """A converted network that can no longer be read."""
 
@@ -227,6 +231,27 @@ class Promotions:
         record = self._record(model_id)
         record.artefacts = [known for known in record.artefacts if known.key != artefact.key]
         record.state = "waiting"
+
+    def distrust(self, model: LoadedModel, size: tuple[int, int]) -> bool:
+        """Give up the converted networks of a model, one of which failed on an input of [height, width].
+
+        Returns:
+            whether torch answers from now on; where OpenVINO is required nothing else may.
+        """
+        if self._is_required or model.engine.name != OpenVINOEngine.name:
+            return False
+        record = self._record(model.id)
+        reason = f"it failed on a request of {size[0]}x{size[1]}"
+        log.error("%s on OpenVINO: %s", model.type, reason)
+        record.artefacts = [self._given_up(known, reason) for known in record.artefacts]
+        record.state, record.reason = "stays", reason
+        self._metrics.promotions.labels("failed").inc()
+        return True
+
+    def _given_up(self, artefact: Artefact, reason: str) -> Artefact:
+        if artefact.key in self._cache:
+            self._cache.unload(artefact.key)
+        return self._store.refused(artefact, reason)
 
     # --- on the way -----------------------------------------------------------------------------
 

@@ -146,6 +146,16 @@ def test_torch_answers_what_is_not_compiled(
     assert engine_of(promoted.ask(tensor, config, **parts)) == "torch"
 
 
+def test_a_number_of_images_that_comes_gets_code_of_its_own(promoted: Promoted) -> None:
+    first = promoted.ask(images())
+    wait_for_the_compiler(promoted.service, promoted.model_id)
+    again = promoted.ask(images())
+    assert (engine_of(first), engine_of(again)) == ("inductor", "inductor")
+    assert_close(again, promoted.before)
+    metrics = promoted.service.http.get("/metrics").text
+    assert 'backbone_model_promotions_total{outcome="promoted"} 2.0' in metrics
+
+
 def test_an_unloaded_model_takes_its_compiled_code_with_it(promoted: Promoted) -> None:
     [entry] = [entry for entry in promoted.service.engine.networks.cache if entry.key == promoted.model_id]
     weight = weakref.ref(next(entry.model.engine.backbone.parameters()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import re
 from collections.abc import Callable
@@ -189,6 +190,41 @@ def test_a_network_that_differs_on_a_real_request_stays_on_torch_and_says_why(
     after_restart = serve(engine="auto")
     assert ask(after_restart, config, bright).json()["model"]["engine"] == "torch"
     assert entry_of(after_restart, reply.headers["x-model-id"])["promotion"] == promotion
+
+
+def save_a_network_that_fails_at_other_sizes(path: Path) -> None:
+    """In the place of a converted network one with the same outputs, which has a size built in."""
+    openvino: Any = importlib.import_module("openvino")
+    core = openvino.Core()
+    network = core.read_model(path)
+    opset = openvino.opset13
+    results = network.get_results()
+    source = results[-1].input_value(0)
+    fixed = opset.reshape(source, np.array([1, 64, 2, 3], np.int64), special_zero=False)
+    # there is no other way to write to a file that is mapped
+    copy = path.with_name("copy.xml")
+    kept = [result.input_value(0) for result in results[:-1]]
+    outputs = [*(opset.result(value) for value in kept), opset.result(fixed.output(0))]
+    openvino.save_model(openvino.Model(outputs, network.get_parameters()), copy, compress_to_fp16=False)
+    for suffix in (".xml", ".bin"):
+        copy.with_suffix(suffix).replace(path.with_suffix(suffix))
+
+
+def test_a_promoted_network_that_fails_hands_over_to_torch_within_the_request(
+    serve: Serve, tmp_path: Path
+) -> None:
+    first = serve(engine="auto")
+    promote(first)
+    first.stop()
+    [path] = (tmp_path / "engine_cache").glob("*.xml")
+    save_a_network_that_fails_at_other_sizes(path)
+    second = serve(engine="auto")
+    reply = ask(second)
+    assert reply.json()["model"]["engine"] == "openvino"
+    other = ask(second, tensor=images(1, 96, 128))
+    assert (other.status_code, other.json()["model"]["engine"]) == (200, "torch")
+    entry = entry_of(second, reply.headers["x-model-id"])
+    assert entry["promotion"] == {"state": "stays", "reason": "it failed on a request of 96x128"}
 
 
 def test_openvino_from_the_first_answer_on(serve: Serve) -> None:

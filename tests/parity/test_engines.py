@@ -31,8 +31,14 @@ SAMPLED = 24
 AT_ONCE = 6
 CACHE_BYTES = 3 * 2**30
 CONVERSION_TIMEOUT_S = 600.0
-# Packs of networks that OpenVINO does not run as torch does, and what of the refusal says why.
-REFUSED: Mapping[str, str] = {}
+# Packs of networks that stay on torch, and what of the refusal says why. The packs' weights make these enlarge every
+# rounding: torch's own float32 is up to 0.6 away from its float64 (RegNetY's 4e-5, and OpenVINO's 1.2e-4).
+REFUSED: Mapping[str, str] = {
+    "detectron2/d2_regnety_4gf": "it differs from torch",
+    "openmmlab/mmdet-ResNeXt-50-dcnv2": "it differs from torch",
+    "openmmlab/mmpretrain-T2T_ViT-14": "it differs from torch",
+    "timm-torchvision/timm_levit_128": "it differs from torch",
+}
 PACKS = {name: pack for name in pack_names() if not (pack := load_pack(name)).is_neck}
 
 
@@ -118,4 +124,3 @@ def test_the_promoted_engine_gives_the_librarys_levels(names: Sequence[str], cli
     # Those that are refused are so for the reason that the table says: it must stay true.
     for name in REFUSED.keys() & findings.keys():
         assert REFUSED[name] in findings[name]
-        assert REFUSED[name]

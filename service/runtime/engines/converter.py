@@ -97,8 +97,13 @@ class _Trial:
         return {node: relative_distance(found[node], expected[node]) for node in self.nodes}
 
     def difference_at(self, size: tuple[int, int], count: int) -> str:
-        """In what it differs from torch beyond the tolerance; empty if it does not, or torch takes no such input."""
-        errors = self.errors_at(size, count) or {}
+        """In what it differs from torch beyond the tolerance; empty if it does not.
+
+        An input that torch refuses is a difference: tracing loses refusals, and then only torch can give them.
+        """
+        errors = self.errors_at(size, count)
+        if errors is None:
+            return f"torch takes no {size[0]}x{size[1]}"
         found = max(errors.values(), default=0.0)
         if found <= TOLERANCES["float32"]:
             return ""
@@ -125,7 +130,7 @@ def convert(order: Order, planner: Planner, device: OpenVINODevice) -> Facts:
     started = time.monotonic()
     plan = planner.plan(order.backbone)
     model = build_model(plan, order.weights, CPU)
-    nodes = tuple(dict.fromkeys([*(feature.node for feature in plan.description.features), *order.nodes]))
+    nodes = tuple(dict.fromkeys([*planner.computable(plan), *order.nodes]))
     trial, size, divisor = _widest(order, plan, model, nodes, device)
     tried = plan.input_size if size is None else size
     errors = trial.errors_at(tried, 1)

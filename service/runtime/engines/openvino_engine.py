@@ -128,6 +128,8 @@ class Variant:
             outputs = [
                 request.get_output_tensor(output).data for output in range(len(self._compiled.outputs))
             ]
+            if not all(output.size and len(output) == len(images) for output in outputs):
+                raise RuntimeError(f"the converted network gave nothing for {images.shape}")
             self._remember(images.shape, [output.shape for output in outputs])
             return [output.copy() for output in outputs]
 
