@@ -11,6 +11,7 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import cast
 
@@ -81,8 +82,12 @@ def process_tree(pid: int) -> list[psutil.Process]:
 
 def tree_cpu_s(pid: int) -> float:
     """CPU seconds that a process and its descendants have used."""
-    times = [process.cpu_times() for process in process_tree(pid)]
-    return sum(spent.user + spent.system for spent in times)
+    total = 0.0
+    for process in process_tree(pid):
+        with suppress(psutil.NoSuchProcess):  # one that has just ended
+            spent = process.cpu_times()
+            total += spent.user + spent.system
+    return total
 
 
 class _Run:

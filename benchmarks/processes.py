@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -102,12 +102,14 @@ class Server:
     def pause(self) -> None:
         """Stop all its processes, so that what idles does not take cores from what is measured."""
         for process in process_tree(self.pid):
-            process.suspend()
+            with suppress(psutil.NoSuchProcess):  # a converter that is done
+                process.suspend()
 
     def resume(self) -> None:
         """Let them go on."""
         for process in process_tree(self.pid):
-            process.resume()
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
 
     def memory_bytes(self) -> int:
         """Proportional set size of all its processes; resident size where the system has no such number."""

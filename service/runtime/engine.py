@@ -87,7 +87,7 @@ class Engine:
         cores = available_cores()
         self.batcher: Batcher[Work, Done] = Batcher(
             DeviceRunner(settings.max_batch, cores),
-            lanes=1 if self.networks.promotions is None else Threads.of(cores).streams + 1,
+            lanes=1 if self.networks.promotions is None else Threads.of(cores).streams,
             max_batch=settings.max_batch,
             queue_size=settings.queue_size,
             observe=self._observe_batch,

@@ -19,7 +19,7 @@ from service.config.spec import LoadedKeys
 from service.runtime.engines.openvino_engine import OpenVINOEngine
 from service.version import service_version
 
-Outcome = Literal["converted", "refused"]
+Outcome = Literal["converted", "refused", "failed"]
 ENGINE_LIBRARIES = ("openvino", "torch", "timm", "torchvision", "numpy")
 FACTS_SUFFIX = ".json"
 SUFFIXES = (FACTS_SUFFIX, ".xml", ".bin")
@@ -40,7 +40,8 @@ class Facts:
     Attributes:
         model_id: the network and its weights.
         versions: as `engine_versions` when it was made.
-        outcome: whether there is a converted network; `reason` says why not.
+        outcome: whether there is a converted network; `reason` says why not. What failed may succeed another time and
+            is not kept, such as a checkpoint that could not be read.
         nodes: its outputs, shallow to deep.
         size: the one [height, width] that it takes; None if it takes what torch takes.
         divisor: of both sides of its input.

@@ -86,7 +86,10 @@ class Converter:
             self.kill()
             raise ConverterEnded("the converter ended early")
         self._converted += 1
-        return Facts.from_json(line)
+        facts = Facts.from_json(line)
+        if facts.outcome == "failed":
+            raise ConversionFailed(facts.reason)
+        return facts
 
     async def _running(self) -> asyncio.subprocess.Process:
         if self._process is None or self._process.returncode is not None:

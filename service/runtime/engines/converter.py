@@ -261,13 +261,15 @@ def _spent_ms(run: Callable[[], object]) -> float:
 
 
 def answer(line: bytes, planner: Planner, device: OpenVINODevice) -> Facts:
-    """The facts for one order; a refusal where there is no network."""
+    """The facts for one order; a refusal where there is no network, a failure where it could not be tried."""
     order = Order.from_line(line)
+    nothing = Facts(order.model_id, "", "refused", nodes=order.nodes, size=order.size)
     try:
         return convert(order, planner, device)
-    except (Unconvertible, ServiceError) as error:
-        reason = error.detail if isinstance(error, ServiceError) else str(error)
-        return Facts(order.model_id, "", "refused", reason, nodes=order.nodes, size=order.size)
+    except Unconvertible as error:
+        return replace(nothing, reason=str(error))
+    except ServiceError as error:
+        return replace(nothing, outcome="failed", reason=error.detail)
 
 
 def main() -> None:
