@@ -81,7 +81,8 @@ Weights are random: each type's own initialisation. {sample}
 ## What stays on torch
 
 {staying}
-{tables}"""
+
+{untried}{tables}"""
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def known(state: Path) -> dict[str, Row]:
 # --- the page -------------------------------------------------------------------------------------
 
 
-def document(rows: Sequence[Row], machine: str) -> str:
+def document(rows: Sequence[Row], untried: Sequence[str], machine: str) -> str:
     """The text of docs/engines.md."""
     scopes = list(dict.fromkeys(row.scope for row in rows))
     sections = [f"\n## {scope}\n\n{table([row for row in rows if row.scope == scope])}\n" for scope in scopes]
@@ -202,6 +203,7 @@ def document(rows: Sequence[Row], machine: str) -> str:
         sample=f"Of {counted} networks are tried, over their families.",
         summary=summary(rows),
         staying=staying(rows),
+        untried=f"Not tried in this run: {', '.join(f'`{name}`' for name in untried)}.\n" if untried else "",
         tables="".join(sections),
     )
 
@@ -264,6 +266,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--state", type=Path, default=STATE, help="file of what was found so far; without it all is tried"
     )
+    parser.add_argument(
+        "--as-is", action="store_true", help="try nothing more: the page of what was found so far"
+    )
     parser.add_argument("--write", action="store_true", help=f"write docs/{PAGE.name}")
     return parser
 
@@ -273,10 +278,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = make_parser().parse_args(arguments)
     everything = {name: config for name, config in subjects() if fnmatch.fnmatch(name, given.only)}
     missing = [(name, config) for name, config in everything.items() if name not in known(given.state)]
+    if given.as_is:
+        missing = []
     with tempfile.TemporaryDirectory(prefix="backbone-engines-") as folder:
         asyncio.run(Trials(given.state, Path(folder)).run(missing))
     found = known(given.state)
-    text = document([found[name] for name in everything], describe())
+    rows = [found[name] for name in everything if name in found]
+    text = document(rows, [name for name in everything if name not in found], describe())
     if given.write:
         PAGE.write_text(text)
     else:

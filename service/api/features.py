@@ -83,6 +83,7 @@ async def _answer(
 
     reply = await engine.extract(prepared, refuse_reply)
     encoded = await _encoded(request, engine, reply, media_type, options)
+    engine.observe_stages({"encode": encoded.encode_ms / 1000})
     headers |= {"Server-Timing": _server_timing(reply, encoded), **encoded.headers}
     if encoded.coding != IDENTITY:
         headers["Content-Encoding"] = encoded.coding

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from typing import Any, ParamSpec, TypeVar
@@ -182,7 +182,7 @@ class Engine:
             done, described = await self._answered(prepared, batch, levels, clock, late)
         except EngineFailed:  # it is not asked again, and torch is
             done, described = await self._answered(prepared, batch, levels, clock, late)
-        self._observe_stages(clock.seconds)
+        self.observe_stages(clock.seconds)
         return FeatureReply(
             model=described,
             images=batch.infos,
@@ -365,7 +365,8 @@ class Engine:
         )  # a client's text is no label, and each request's own forward time is with its stages
         self.metrics.batch_images.observe(images)
 
-    def _observe_stages(self, seconds: dict[str, float]) -> None:
+    def observe_stages(self, seconds: Mapping[str, float]) -> None:
+        """Count what stages of a request took, by the names of `Timings`."""
         for stage, spent in seconds.items():
             self._stages[stage].observe(spent)
 

@@ -23,7 +23,7 @@ import torch
 from service.errors import CannotStart, InvalidConfig, ServiceError
 from service.metrics import Metrics
 from service.runtime.cache import ModelCache
-from service.runtime.device import available_cores
+from service.runtime.device import available_cores, free_bytes
 from service.runtime.engines.artefacts import Artefact, ArtefactStore
 from service.runtime.engines.comparison import difference
 from service.runtime.engines.conversion import ConversionFailed, Converter, NoLongerWanted
@@ -43,6 +43,8 @@ MAX_SIZES = 4
 # Input sizes that torch lately answered for one model.
 SIZES_REMEMBERED = 16
 RECORDS_KEPT = 4096
+# What the converter takes, about: for its libraries, and for each byte of weights.
+CONVERTER_BYTES, CONVERTER_BYTES_PER_WEIGHT = 700_000_000, 6
 # Models that are being converted or wait for it.
 MAX_UNDER_WAY = 8
 # What OpenVINO raises when it reads or runs a network.
@@ -279,9 +281,18 @@ class Promotions:
         if not (is_free and record.requests >= FIRST_REQUESTS and of_one_size < MAX_SIZES):
             return
         under_way = sum(1 for known in self._records.values() if known.task is not None)
-        record.reason = "" if self._fits(target) else "the budget has no room for it beside the other models"
+        record.reason = self._obstacle(target)
         if under_way < MAX_UNDER_WAY and not record.reason:
             self._begin(record, target)
+
+    def _obstacle(self, target: Target) -> str:
+        """Why a model cannot go over now; empty if it can."""
+        weight_bytes = target.plan.description.bytes
+        if free_bytes(CPU) < CONVERTER_BYTES + CONVERTER_BYTES_PER_WEIGHT * weight_bytes:
+            return "there is too little free memory to convert it"
+        if not self._fits(target):
+            return "the budget has no room for it beside the other models"
+        return ""
 
     def _fits(self, target: Target) -> bool:
         """Whether a model can go over without others having to go: what torch holds of it is given back after."""

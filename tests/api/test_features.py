@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import urllib.parse
 from typing import Any
 
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pytest
 import safetensors.numpy
 
-from tests.conftest import encoded, multipart, npy
+from tests.conftest import Serve, encoded, multipart, npy
 
 RESNET18 = {"type": "ResNet", "depth": 18, "out_indices": [0, 1, 2, 3], "frozen_stages": 1}
 TINY_VIT = {
@@ -302,3 +303,12 @@ def test_bgr_and_scaled_means_are_the_same_tensor(http: httpx.Client, photo: byt
     ]
     for other in found[1:]:
         assert np.linalg.norm(other - found[0]) / np.linalg.norm(found[0]) < 1e-5
+
+
+def test_every_stage_of_a_request_is_in_the_metrics(serve: Serve, photo: bytes) -> None:
+    service = serve()
+    assert post(service.http, RESNET18, image=photo).status_code == 200
+    counted = re.findall(
+        r'backbone_stage_seconds_count\{stage="(\w+)"\} 1\.0', service.http.get("/metrics").text
+    )
+    assert sorted(counted) == ["decode", "encode", "forward", "load", "queue"]

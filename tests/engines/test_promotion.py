@@ -6,6 +6,7 @@ import asyncio
 import importlib
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -290,3 +291,15 @@ def test_a_cache_that_cannot_be_written_is_said_and_does_not_stop_the_service(
     assert "cannot be written" in caplog.text
     promote(service)
     assert ask(service).json()["model"]["engine"] == "openvino"
+
+
+def test_what_a_killed_conversion_left_is_removed_once_it_is_old(serve: Serve, tmp_path: Path) -> None:
+    folder = tmp_path / "engine_cache"
+    folder.mkdir()
+    old, young = folder / ".0123.bin", folder / ".4567.bin"
+    for path in (old, young):
+        path.write_bytes(b"half a network")
+    a_week_ago = time.time() - 7 * 24 * 3600
+    os.utime(old, (a_week_ago, a_week_ago))
+    serve(engine="auto")
+    assert (old.exists(), young.exists()) == (False, True)

@@ -6,7 +6,9 @@ import hashlib
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -25,6 +27,7 @@ FACTS_SUFFIX = ".json"
 SUFFIXES = (FACTS_SUFFIX, ".xml", ".bin")
 # An engine that takes longer than torch, by this much over the noise, is slower.
 SLOWEST = 1.05
+LEFTOVER_S = 24 * 3600.0
 log = logging.getLogger("service.engines")
 
 
@@ -144,11 +147,20 @@ class ArtefactStore:
         self._versions = engine_versions()
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self.folder = folder if _is_writable(folder) else self._until_exit(folder)
+        self._remove_leftovers()
 
     def _until_exit(self, folder: Path) -> Path:
         self._temporary = tempfile.TemporaryDirectory(prefix="backbone-engines-")
         log.warning("%s cannot be written: converted networks are not kept over a restart", folder.name)
         return Path(self._temporary.name)
+
+    def _remove_leftovers(self) -> None:
+        """Remove what conversions left whose process was killed; another process may be at work on younger ones."""
+        oldest = time.time() - LEFTOVER_S
+        for path in self.folder.glob(".*"):
+            with suppress(FileNotFoundError):  # another process may be removing it
+                if path.suffix in SUFFIXES and path.stat().st_mtime < oldest:
+                    path.unlink()
 
     def known(self, model_id: str) -> list[Artefact]:
         """All artefacts of a model that these versions made."""

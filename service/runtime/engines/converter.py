@@ -39,6 +39,7 @@ from service.runtime.plan import SIZE_ERRORS, Plan, Planner
 
 CPU = torch.device("cpu")
 LOWEST_PRIORITY = 19
+OUT_OF_MEMORY_SCORE = Path("/proc/self/oom_score_adj")
 TIMED_RUNS = 3
 # A run that takes this long tells enough by itself.
 LONG_RUN_MS = 1000.0
@@ -272,12 +273,19 @@ def answer(line: bytes, planner: Planner, device: OpenVINODevice) -> Facts:
         return replace(nothing, outcome="failed", reason=error.detail)
 
 
+def _be_first_out_of_memory() -> None:
+    """Let the system end this process before the service, where memory runs out; elsewhere than on Linux do nothing."""
+    if OUT_OF_MEMORY_SCORE.exists():
+        OUT_OF_MEMORY_SCORE.write_text("1000")
+
+
 def main() -> None:
     """Answer orders until there are no more."""
     # Whatever a library prints must not come between the answers.
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
     os.nice(LOWEST_PRIORITY)
+    _be_first_out_of_memory()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
