@@ -7,6 +7,7 @@ each with the facts that it found, on one line of standard output. It ends when 
 from __future__ import annotations
 
 import gc
+import importlib
 import logging
 import math
 import os
@@ -223,12 +224,25 @@ def _trace(network: nn.Module, channels: int, size: tuple[int, int], path: Path,
     openvino = load_openvino()
     shape = openvino.PartialShape([-1, channels, *(size if fixed else (-1, -1))])
     example = torch.from_numpy(_images(2, channels, size))
+    refusals = frontend_failures()
     with torch.no_grad():
         network(
             example
         )  # what it imports and works out on its first pass must not become a part of the trace
-        converted = openvino.convert_model(network, example_input=example, input=[shape])
+        try:
+            converted = openvino.convert_model(network, example_input=example, input=[shape])
+        except refusals as error:
+            _, found, operators = str(error).rpartition("Conversion is failed for: ")
+            what = f"OpenVINO has no operator for {operators.strip()[:200]}" if found else _first_line(error)
+            raise Unconvertible(what) from error
     openvino.save_model(converted, path, compress_to_fp16=False)
+
+
+def frontend_failures() -> tuple[type[Exception], ...]:
+    """What OpenVINO's converter raises for what it has no operator for; none of Python's own errors are bases of it."""
+    frontend = importlib.import_module("openvino.frontend")
+    names = ("OpConversionFailure", "OpValidationFailure", "GeneralFailure", "NotImplementedFailure")
+    return tuple(getattr(frontend, name) for name in names)
 
 
 def _first_line(error: BaseException) -> str:
