@@ -56,7 +56,7 @@ GROUPS = {"mmpretrain": "OpenMMLab", "mmdet": "OpenMMLab", "mmyolo": "OpenMMLab"
 
 TEMPLATE = """# Engines
 
-Written by `make engines ARGS=--write`; every number is of that run.
+Written by `python -m benchmarks.engines --write`; `make engines` prints the same.
 
 {machine}
 
