@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -24,6 +24,7 @@ from service.metrics import Metrics
 from service.protocol.reply import FloatArray
 from service.runtime.cache import Entry, ModelCache
 from service.runtime.device import available_cores
+from service.runtime.engines.base import FIRST_REQUESTS, RECORDS_KEPT, State
 from service.runtime.engines.inductor import CompiledBatch, InductorEngine, Shape, bucket_of
 from service.runtime.engines.samples import Samples
 from service.runtime.engines.torch_engine import TorchEngine
@@ -31,12 +32,8 @@ from service.runtime.model import LoadedModel, LoadedNetwork
 from service.runtime.threads import on_thread
 from service.settings import Settings
 
-State = Literal["waiting", "converting", "comparing", "promoted", "stays"]
 Hold = Callable[[], AbstractAsyncContextManager[Entry[LoadedNetwork]]]
-# What is asked once or twice is not worth tens of seconds of another core.
-FIRST_REQUESTS = 3
 SHAPES_REMEMBERED = 256
-RECORDS_KEPT = 4096
 # What torch raises where it cannot compile something; most of it is a RuntimeError of its own.
 COMPILE_ERRORS = (RuntimeError, ValueError, TypeError, OSError)
 log = logging.getLogger("service.engines")

@@ -282,7 +282,7 @@ class Engine:
             height, width = batch.images.shape[2:]
             # Says so if it is the size that the architecture does not take; any other failure is ours.
             await self.planning(self.planner.levels_at, plan, (height, width), _size_pointer(query))
-            if self.networks.distrust(model, (height, width)):
+            if await self.networks.distrust(model, (height, width)):
                 raise EngineFailed from error
             raise
 

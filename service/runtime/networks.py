@@ -125,9 +125,9 @@ class Networks:
             stack.callback(self.compilations.answered, entry.model, _shape(prepared, size), hold)
         return entry
 
-    def distrust(self, model: LoadedModel, size: tuple[int, int]) -> bool:
+    async def distrust(self, model: LoadedModel, size: tuple[int, int]) -> bool:
         """Answer no more with a converted network that failed on an input of [height, width]; whether torch can."""
-        return self.promotions is not None and self.promotions.distrust(model, size)
+        return self.promotions is not None and await self.promotions.distrust(model, size)
 
     async def _neck(self, prepared: Prepared, stack: AsyncExitStack) -> LoadedNeck | None:
         """The neck of a query. One without weights is made anew: it costs nothing and is in no list."""

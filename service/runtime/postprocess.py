@@ -17,8 +17,6 @@ from service.necks.base import LevelFacts
 Pool = Literal["none", "avg", "max", "gem", "cls"]
 GEM_POWER = 3.0
 GEM_FLOOR = 1e-6
-# The smallest number that rounds to infinity in float16.
-FLOAT16_OVERFLOW = 65520.0
 
 
 def _gem(positions: Tensor) -> Tensor:

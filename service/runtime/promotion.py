@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -25,6 +25,7 @@ from service.metrics import Metrics
 from service.runtime.cache import ModelCache
 from service.runtime.device import available_cores, free_bytes
 from service.runtime.engines.artefacts import Artefact, ArtefactStore
+from service.runtime.engines.base import FIRST_REQUESTS, RECORDS_KEPT, State
 from service.runtime.engines.comparison import difference
 from service.runtime.engines.conversion import ConversionFailed, Converter, NoLongerWanted
 from service.runtime.engines.openvino_engine import OpenVINODevice, OpenVINOEngine, Threads
@@ -35,14 +36,10 @@ from service.runtime.plan import Plan
 from service.runtime.threads import on_thread
 from service.settings import Settings
 
-State = Literal["waiting", "converting", "comparing", "promoted", "stays"]
-# A model that is asked once or twice is not worth the seconds of another core.
-FIRST_REQUESTS = 3
 # Converted networks of one model that are bound to one input size.
 MAX_SIZES = 4
 # Input sizes that torch lately answered for one model.
 SIZES_REMEMBERED = 16
-RECORDS_KEPT = 4096
 # What the converter takes, about: for its libraries, and for each byte of weights.
 CONVERTER_BYTES, CONVERTER_BYTES_PER_WEIGHT = 700_000_000, 6
 # Models that are being converted or wait for it.
@@ -134,6 +131,7 @@ class Promotions:
         self._converter = Converter()
         self._thread = ThreadPoolExecutor(1, "promotion")
         self._records: OrderedDict[str, _Record] = OrderedDict()
+        self._under_way: set[asyncio.Task[None]] = set()
 
     @classmethod
     def of(
@@ -181,11 +179,10 @@ class Promotions:
                 record.artefacts.extend(known)
         if self._is_required:
             await self._require(record, target)
-        artefact = record.serving(target)
-        if artefact is not None and (artefact.facts.compared or self._is_required):
+        artefact = self.serving(target)
+        if artefact is not None:
             record.state, record.reason = "promoted", ""
-            return artefact
-        return None
+        return artefact
 
     async def _require(self, record: _Record, target: Target) -> None:
         while not record.is_settled(target):
@@ -234,7 +231,7 @@ class Promotions:
         record.artefacts = [known for known in record.artefacts if known.key != artefact.key]
         record.state = "waiting"
 
-    def distrust(self, model: LoadedModel, size: tuple[int, int]) -> bool:
+    async def distrust(self, model: LoadedModel, size: tuple[int, int]) -> bool:
         """Give up the converted networks of a model, one of which failed on an input of [height, width].
 
         Returns:
@@ -245,15 +242,18 @@ class Promotions:
         record = self._record(model.id)
         reason = f"it failed on a request of {size[0]}x{size[1]}"
         log.error("%s on OpenVINO: %s", model.type, reason)
-        record.artefacts = [self._given_up(known, reason) for known in record.artefacts]
+        # No request may choose them while their files are removed.
+        failed, record.artefacts = record.artefacts, []
         record.state, record.reason = "stays", reason
         self._metrics.promotions.labels("failed").inc()
+        given_up = [await self._given_up(known, reason) for known in failed]
+        record.artefacts.extend(given_up)
         return True
 
-    def _given_up(self, artefact: Artefact, reason: str) -> Artefact:
+    async def _given_up(self, artefact: Artefact, reason: str) -> Artefact:
         if artefact.key in self._cache:
             self._cache.unload(artefact.key)
-        return self._store.refused(artefact, reason)
+        return await on_thread(self._thread, self._store.refused, artefact, reason)
 
     # --- on the way -----------------------------------------------------------------------------
 
@@ -280,18 +280,19 @@ class Promotions:
         is_free = record.task is None and record.state != "stays"
         if not (is_free and record.requests >= FIRST_REQUESTS and of_one_size < MAX_SIZES):
             return
-        under_way = sum(1 for known in self._records.values() if known.task is not None)
+        if len(self._under_way) >= MAX_UNDER_WAY:
+            return
         record.reason = self._obstacle(target)
-        if under_way < MAX_UNDER_WAY and not record.reason:
+        if not record.reason:
             self._begin(record, target)
 
     def _obstacle(self, target: Target) -> str:
         """Why a model cannot go over now; empty if it can."""
-        weight_bytes = target.plan.description.bytes
-        if free_bytes(CPU) < CONVERTER_BYTES + CONVERTER_BYTES_PER_WEIGHT * weight_bytes:
-            return "there is too little free memory to convert it"
         if not self._fits(target):
             return "the budget has no room for it beside the other models"
+        weight_bytes = target.plan.description.bytes
+        if free_bytes(CPU) < CONVERTER_BYTES + CONVERTER_BYTES_PER_WEIGHT * weight_bytes:  # asks the system
+            return "there is too little free memory to convert it"
         return ""
 
     def _fits(self, target: Target) -> bool:
@@ -303,10 +304,12 @@ class Promotions:
     def _begin(self, record: _Record, target: Target) -> asyncio.Task[None]:
         record.converting_for = target.asked
         record.task = asyncio.create_task(self._promote(record, target))
+        self._under_way.add(record.task)
         record.task.add_done_callback(partial(self._ended, record))
         return record.task
 
     def _ended(self, record: _Record, task: asyncio.Task[None]) -> None:
+        self._under_way.discard(task)
         record.task = None
         record.requests = 0
         record.samples = Samples()
@@ -408,7 +411,7 @@ class Promotions:
     async def stop(self) -> None:
         """End the converter and whatever waits for it."""
         self._converter.kill()
-        tasks = [record.task for record in self._records.values() if record.task is not None]
+        tasks = tuple(self._under_way)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

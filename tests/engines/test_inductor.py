@@ -19,7 +19,7 @@ import torch
 
 from service.errors import CannotStart
 from service.metrics import Metrics
-from service.runtime.compilation import FIRST_REQUESTS
+from service.runtime.engines.base import FIRST_REQUESTS
 from service.runtime.engines.inductor import bucket_of
 from service.runtime.networks import Networks
 from tests.api.test_third_party import TINY_NET, site, write_package  # noqa: F401 - site is a fixture

@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 
-from service.runtime.promotion import FIRST_REQUESTS
+from service.runtime.engines.base import FIRST_REQUESTS
 from tests.api.problems import assert_problem, pointers
 from tests.api.test_third_party import TINY_NET, site, write_package  # noqa: F401 - site is a fixture
 from tests.conftest import RunningService, Serve, multipart

@@ -13,6 +13,12 @@ from service.config.spec import Precision
 from service.protocol.reply import FloatArray
 
 EngineName = Literal["torch", "openvino", "inductor"]
+# How far a model is on its way from torch to another engine, as `GET /models` says it.
+State = Literal["waiting", "converting", "comparing", "promoted", "stays"]
+# What is asked once or twice is not worth the seconds of another core.
+FIRST_REQUESTS = 3
+# Models whose way is remembered.
+RECORDS_KEPT = 4096
 
 
 class BackboneEngine(ABC):
