@@ -19,7 +19,7 @@ from typing import Generic, TypeVar
 
 from service.errors import DeadlineExceeded, Draining, QueueFull, ServiceError
 from service.runtime.batch_sizes import BatchSizes
-from service.runtime.waiting import Flow, Job, WaitingJobs
+from service.runtime.waiting import Flow, Job, Place, Turn, WaitingJobs
 
 __all__ = ["Batcher", "Job", "Pace"]
 
@@ -38,8 +38,7 @@ class Pace:
 
 @dataclass(frozen=True)
 class _Batch(Generic[P, R]):
-    jobs: list[Job[P, R]]
-    flow: Flow[P, R]
+    turn: Turn[P, R]
     pace: Pace
     charged_s: float
     started: float
@@ -77,7 +76,7 @@ class _DrainRate:
 
 
 class Batcher(Generic[P, R]):
-    """A bounded queue, fair between models, in front of one thread or more.
+    """A bounded queue, fair between clients and between models, in front of one thread or more.
 
     Args:
         run: computes one batch on the thread of its lane: results in the order of the jobs. An exception among the
@@ -138,6 +137,8 @@ class Batcher(Generic[P, R]):
     def submit(self, job: Job[P, R]) -> Future[R]:
         """Queue a job. Cancelling its future before it runs gives its place back at once.
 
+        A client that has most of a full queue waiting makes room: its newest jobs are refused for another's.
+
         Raises:
             QueueFull: the queue has no place for its images; `retry_after_s` is how long the queue takes to drain.
             Draining: the worker is stopping.
@@ -146,15 +147,17 @@ class Batcher(Generic[P, R]):
             if self._stopping:
                 raise _draining()
             late = self._waiting.take_expired(self._clock())
+            pushed_out = self._waiting.take_for_room(job, self._queue_size)
             full = self._full(job)
             if full is None:
                 self._waiting.add(job)
                 self._call_a_lane(job)
                 self._changed.notify_all()
         _refuse(late, _too_late)
+        _refuse(pushed_out, self._queue_full)
         if full is not None:
             raise full
-        job.future.add_done_callback(partial(self._give_place_back, job.model, job.concurrent))
+        job.future.add_done_callback(partial(self._give_place_back, job.place))
         return job.future
 
     def submit_async(self, job: Job[P, R]) -> asyncio.Future[R]:
@@ -171,8 +174,10 @@ class Batcher(Generic[P, R]):
     def _full(self, job: Job[P, R]) -> QueueFull | None:
         """Why there is no place for a job; None if there is."""
         images = self._waiting.images
-        if not images or images + job.images <= self._queue_size:
-            return None
+        return self._queue_full() if images and images + job.images > self._queue_size else None
+
+    def _queue_full(self) -> QueueFull:
+        images = self._waiting.images
         # whoever waits is answered or gone by the last deadline
         left_s = self._waiting.last_deadline - self._clock()
         retry_after_s = max(1.0, min(self._rate.seconds_for(images), left_s))
@@ -187,12 +192,12 @@ class Batcher(Generic[P, R]):
                 lane.called.notify()
                 return
 
-    def _give_place_back(self, model: Hashable, concurrent: bool, future: Future[R]) -> None:
+    def _give_place_back(self, place: Place, future: Future[R]) -> None:
         """Called with every future that is done; those that were cancelled may still wait."""
         if not future.cancelled():
             return
         with self._changed:
-            waited = self._waiting.discard(model, concurrent, future)
+            waited = self._waiting.discard(place, future)
             self._changed.notify_all()
         if waited:
             future.set_running_or_notify_cancel()
@@ -225,25 +230,25 @@ class Batcher(Generic[P, R]):
                 lane.called.wait()
 
     def _take(self, lane: _Lane, flow: Flow[P, R]) -> _Batch[P, R]:
-        """The next batch of a model. Lanes that are free share what waits."""
+        """The next batch: of a flow, and what else of its group waits. Lanes that are free share it."""
         group = flow.next_group
         busy = sum(other.busy_since is not None for other in self._lanes)
-        free = len(self._lanes) - busy if flow.concurrent else 1
-        images = flow.images[group]
+        free = len(self._lanes) - busy if flow.place.concurrent else 1
+        images = self._waiting.images_beside(flow)
         share = -(-images // free)
         limit = self.sizes.limit(group, share, crowded=busy > 0 or share < images)
-        jobs = self._waiting.take(flow, min(limit, share))
-        charged_s = self.sizes.seconds(group, _images(jobs))
-        self._waiting.charge(flow, charged_s)
+        turn = self._waiting.take(flow, min(limit, share))
+        charged_s = self.sizes.seconds(group, turn.images)
+        self._waiting.charge(turn, charged_s)
         # lane 0 may run whatever waits, the others only what may run beside it
         crowded = busy > 0 or (len(self._lanes) > 1 and self._waiting.waits(concurrent_only=lane.index == 0))
         lane.busy_since = started = self._clock()
         if not busy:
             self._rate.begin(started)
-        return _Batch(jobs, flow, Pace(lane.index, crowded), charged_s, started)
+        return _Batch(turn, Pace(lane.index, crowded), charged_s, started)
 
     def _run_batch(self, lane: _Lane, batch: _Batch[P, R]) -> None:
-        jobs = [job for job in batch.jobs if job.future.set_running_or_notify_cancel()]
+        jobs = [job for job in batch.turn.jobs if job.future.set_running_or_notify_cancel()]
         results = self._results(jobs, batch.pace) if jobs else []
         seconds = self._settle(lane, batch, jobs, results)
         try:
@@ -275,7 +280,7 @@ class Batcher(Generic[P, R]):
             seconds = now - batch.started
             lane.busy_since = None
             self._rate.note(images, now)
-            self._waiting.charge(batch.flow, seconds - batch.charged_s)
+            self._waiting.charge(batch.turn, seconds - batch.charged_s)
             if not failed:
                 self.sizes.learn(jobs[0].group, images, seconds, crowded=batch.pace.crowded)
             elif len(jobs) > 1:

@@ -1,8 +1,9 @@
 """The jobs that wait for a device: who is next, without walking over all of them.
 
-Models take turns by the device seconds they have had (start-time fair queueing: Goyal, Vin and Cheng, "Start-time
-Fair Queueing", SIGCOMM 1996), so one with hundreds of jobs delays another's single job by the batch that runs. Within
-a model the oldest job is next, with those of its group. Nothing here is a thread's or a lock's; `Batcher` holds both.
+Clients take turns by the device seconds they have had, and so do the models of each (start-time fair queueing: Goyal,
+Vin and Cheng, "Start-time Fair Queueing", SIGCOMM 1996): one with hundreds of jobs delays another's single job by the
+batch that runs. Within a model the oldest job is next, with those of its group, whosever they are. Nothing here is a
+thread's or a lock's; `Batcher` holds both.
 """
 
 from __future__ import annotations
@@ -11,24 +12,79 @@ import asyncio
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 P = TypeVar("P")
 R = TypeVar("R")
-MAX_DEBT_S = 1.0  # a model that has just had a long batch is passed over for no longer than this
+# Who has just had a long batch is passed over for no longer than this: a model of a client, and a client.
+MAX_MODEL_DEBT_S = 1.0
+MAX_CLIENT_DEBT_S = 10.0
 MAX_RESTING = 256
+
+
+class TakesTurns(Protocol):
+    """Who waits for a turn. `used_s` are the device seconds that it has had."""
+
+    used_s: float
+
+
+M = TypeVar("M", bound=TakesTurns)
+
+
+class Turns(Generic[M]):
+    """Members that take turns: next is who has used the least. Those with nothing to do rest and are not forgotten."""
+
+    def __init__(self, max_debt_s: float) -> None:
+        self.active: dict[Hashable, M] = {}
+        self._max_debt_s = max_debt_s
+        self._resting: OrderedDict[Hashable, M] = OrderedDict()
+        self._now_s = 0.0  # what the member that is furthest behind has used
+
+    def join(self, key: Hashable, make: Callable[[], M]) -> M:
+        """The member of this key, active; what it did not use while it rested is no credit."""
+        member = self.active.get(key)
+        if member is None:
+            member = self._resting.pop(key) if key in self._resting else make()
+            member.used_s = max(member.used_s, self._now_s)
+            self.active[key] = member
+        return member
+
+    def rest(self, key: Hashable) -> None:
+        """Take a member out of the turns until it joins again."""
+        self._resting[key] = self.active.pop(key)
+        if len(self._resting) > MAX_RESTING:
+            self._resting.popitem(last=False)
+
+    def in_order(self) -> list[M]:
+        """The active members, who is next first."""
+        return sorted(self.active.values(), key=lambda member: member.used_s)
+
+    def charge(self, member: M, seconds: float) -> None:
+        """Count seconds as used by a member; negative ones are given back."""
+        behind = min((active.used_s for active in self.active.values()), default=member.used_s)
+        self._now_s = max(self._now_s, min(behind, member.used_s))
+        member.used_s = min(member.used_s + seconds, self._now_s + self._max_debt_s)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a job waits: whose it is, for which model, and whether it may run beside another batch."""
+
+    client: Hashable
+    model: Hashable
+    concurrent: bool
 
 
 @dataclass(eq=False)
 class Job(Generic[P, R]):
     """One request's images for the device.
 
-    Jobs of one `group` may run in one forward pass: the same model, input shape and precision. Models take turns.
-    A `concurrent` job may run beside another batch; any other runs on the first lane. `deadline` is a reading of
-    `time.monotonic`. `waiter` is the event loop's view of `future`.
+    Jobs of one `group` may run in one forward pass: the same model, input shape and precision. Clients take turns, and
+    the models of a client. A `concurrent` job may run beside another batch; any other runs on the first lane.
+    `deadline` is a reading of `time.monotonic`. `waiter` is the event loop's view of `future`.
     """
 
     group: Hashable
@@ -37,38 +93,36 @@ class Job(Generic[P, R]):
     deadline: float
     model: Hashable = None
     concurrent: bool = False
+    client: Hashable = None
     future: Future[R] = field(default_factory=Future)
     queued_at: float = field(default_factory=time.monotonic)
     waiter: asyncio.Future[R] | None = None
 
+    @property
+    def place(self) -> Place:
+        """Where it waits; holds nothing of its payload."""
+        return Place(self.client, self.model, self.concurrent)
+
 
 @dataclass(eq=False)
 class Flow(Generic[P, R]):
-    """The jobs of one model in order of arrival, and by group. `used_s` are the device seconds it has had."""
+    """The jobs of one client for one model in order of arrival, and by group."""
 
-    key: tuple[Hashable, bool]
-    used_s: float
+    place: Place
+    used_s: float = 0.0
     jobs: OrderedDict[Future[R], Job[P, R]] = field(default_factory=OrderedDict)
     groups: dict[Hashable, OrderedDict[Future[R], Job[P, R]]] = field(default_factory=dict)
-    images: dict[Hashable, int] = field(default_factory=dict)
-
-    @property
-    def concurrent(self) -> bool:
-        """Whether its jobs may run on any lane."""
-        return self.key[1]
 
     def add(self, job: Job[P, R]) -> None:
         self.jobs[job.future] = job
         self.groups.setdefault(job.group, OrderedDict())[job.future] = job
-        self.images[job.group] = self.images.get(job.group, 0) + job.images
 
     def remove(self, job: Job[P, R]) -> None:
         del self.jobs[job.future]
         group = self.groups[job.group]
         del group[job.future]
-        self.images[job.group] -= job.images
         if not group:
-            del self.groups[job.group], self.images[job.group]
+            del self.groups[job.group]
 
     @property
     def next_group(self) -> Hashable:
@@ -76,22 +130,57 @@ class Flow(Generic[P, R]):
         return next(iter(self.jobs.values())).group
 
 
+@dataclass(eq=False)
+class Party(Generic[P, R]):
+    """All that one client has waiting."""
+
+    client: Hashable
+    used_s: float = 0.0
+    images: int = 0
+    flows: Turns[Flow[P, R]] = field(default_factory=lambda: Turns(MAX_MODEL_DEBT_S))
+
+    def newest_first(self) -> Iterator[_Waiting[P, R]]:
+        """Its jobs and where they wait, the one that came last first."""
+        found = [(self, flow, job) for flow in self.flows.active.values() for job in flow.jobs.values()]
+        return iter(sorted(found, key=lambda waiting: waiting[2].queued_at, reverse=True))
+
+
+_Waiting = tuple[Party[P, R], Flow[P, R], Job[P, R]]
+
+
+@dataclass(frozen=True)
+class Turn(Generic[P, R]):
+    """Jobs of one group that were taken to run together, and how many images of them each flow had."""
+
+    jobs: list[Job[P, R]]
+    shares: tuple[tuple[Party[P, R], Flow[P, R], int], ...]
+
+    @property
+    def images(self) -> int:
+        """Images of all jobs."""
+        return sum(job.images for job in self.jobs)
+
+
 class WaitingJobs(Generic[P, R]):
-    """A queue of jobs that is fair between models. `images` counts all that wait."""
+    """A queue of jobs that is fair between clients, and between the models of each. `images` counts all that wait."""
 
     def __init__(self) -> None:
         self.images = 0
-        self._flows: dict[tuple[Hashable, bool], Flow[P, R]] = {}
-        self._resting: OrderedDict[tuple[Hashable, bool], Flow[P, R]] = OrderedDict()
-        self._now_s = 0.0  # device seconds of the model that is furthest behind
+        self._parties: Turns[Party[P, R]] = Turns(MAX_CLIENT_DEBT_S)
+        self._group_images: dict[tuple[Hashable, bool], int] = {}
         self._first_deadline = math.inf
         self._last_deadline = -math.inf
 
     def __len__(self) -> int:
-        return sum(len(flow.jobs) for flow in self._flows.values())
+        return sum(len(flow.jobs) for _, flow in self._flows())
 
     def __iter__(self) -> Iterator[Job[P, R]]:
-        return (job for flow in self._flows.values() for job in flow.jobs.values())
+        return (job for _, flow in self._flows() for job in flow.jobs.values())
+
+    def _flows(self) -> Iterator[tuple[Party[P, R], Flow[P, R]]]:
+        return (
+            (party, flow) for party in self._parties.active.values() for flow in party.flows.active.values()
+        )
 
     @property
     def last_deadline(self) -> float:
@@ -99,82 +188,154 @@ class WaitingJobs(Generic[P, R]):
         return self._last_deadline
 
     def add(self, job: Job[P, R]) -> None:
-        key = (job.model, job.concurrent)
-        flow = self._flows.get(key)
-        if flow is None:
-            flow = self._resting.pop(key) if key in self._resting else Flow(key, self._now_s)
-            flow.used_s = max(flow.used_s, self._now_s)  # what was not used while nothing waited is no credit
-            self._flows[key] = flow
-        flow.add(job)
-        self.images += job.images
+        place = job.place
+        party = self._parties.join(place.client, lambda: Party(place.client))
+        party.flows.join(place, lambda: Flow(place)).add(job)
+        self._count(party, job, job.images)
         self._first_deadline = min(self._first_deadline, job.deadline)
         self._last_deadline = max(self._last_deadline, job.deadline)
 
-    def remove(self, flow: Flow[P, R], job: Job[P, R]) -> None:
+    def _count(self, party: Party[P, R], job: Job[P, R], images: int) -> None:
+        self.images += images
+        party.images += images
+        key = (job.group, job.concurrent)
+        left = self._group_images.pop(key, 0) + images
+        if left:
+            self._group_images[key] = left
+
+    def _remove(self, party: Party[P, R], flow: Flow[P, R], job: Job[P, R]) -> None:
         flow.remove(job)
-        self.images -= job.images
+        self._count(party, job, -job.images)
         if not flow.jobs:
-            self._rest(flow)
+            party.flows.rest(flow.place)
+        if not party.flows.active:
+            self._parties.rest(party.client)
 
-    def _rest(self, flow: Flow[P, R]) -> None:
-        self._resting[flow.key] = self._flows.pop(flow.key)
-        if len(self._resting) > MAX_RESTING:
-            self._resting.popitem(last=False)
+    def take_for_room(self, job: Job[P, R], capacity: int) -> list[Job[P, R]]:
+        """Jobs taken out so that another fits into `capacity` images: the newest of whoever has most waiting.
 
-    def discard(self, model: Hashable, concurrent: bool, future: Future[R]) -> bool:
+        Nothing where that is who asks, or would be with this job: a client makes room only for those that have less
+        (longest queue drop: McKenney, "Stochastic Fairness Queueing", INFOCOM 1990).
+        """
+        chosen = self._outweighing(job, self.images + job.images - capacity) if self.images else []
+        for party, flow, newest in chosen:
+            self._remove(party, flow, newest)
+        return [newest for *_, newest in chosen]
+
+    def _outweighing(self, job: Job[P, R], excess: int) -> list[_Waiting[P, R]]:
+        """Jobs of `excess` images or more of clients that keep more than a job's own client has; all or none."""
+        own = self._parties.active.get(job.client)
+        images = job.images + (0 if own is None else own.images)
+        left = {party.client: party.images for party in self._parties.active.values() if party is not own}
+        newest: dict[Hashable, Iterator[_Waiting[P, R]]] = {}
+        chosen: list[_Waiting[P, R]] = []
+        while excess > 0:
+            client = max(left, key=lambda client: left[client], default=None)
+            if client is None or left[client] <= images:
+                return []
+            party = self._parties.active[client]
+            gone = next(newest.setdefault(client, party.newest_first()))
+            left[client] -= gone[2].images
+            excess -= gone[2].images
+            chosen.append(gone)
+        return chosen
+
+    def discard(self, place: Place, future: Future[R]) -> bool:
         """Take out a job if it still waits, and say whether it did."""
-        flow = self._flows.get((model, concurrent))
+        party = self._parties.active.get(place.client)
+        flow = None if party is None else party.flows.active.get(place)
         job = None if flow is None else flow.jobs.get(future)
-        if flow is None or job is None:
+        if party is None or flow is None or job is None:
             return False
-        self.remove(flow, job)
+        self._remove(party, flow, job)
         return True
 
     def next_flow(self, *, concurrent_only: bool) -> Flow[P, R] | None:
-        """The model whose turn it is: it has had the fewest device seconds. None if none may run."""
-        flows = [flow for flow in self._flows.values() if flow.concurrent or not concurrent_only]
-        return min(flows, key=lambda flow: flow.used_s, default=None)
+        """The flow whose turn it is: of the client that has used the least, the model that has. None if none may."""
+        for party in self._parties.in_order():
+            for flow in party.flows.in_order():
+                if flow.place.concurrent or not concurrent_only:
+                    return flow
+        return None
 
     def waits(self, *, concurrent_only: bool) -> bool:
         """Whether any job waits."""
-        return any(flow.concurrent or not concurrent_only for flow in self._flows.values())
+        return any(flow.place.concurrent or not concurrent_only for _, flow in self._flows())
 
-    def take(self, flow: Flow[P, R], limit: int) -> list[Job[P, R]]:
-        """The oldest job of a model, and those of its group that fit beside it into `limit` images, in order."""
-        taken: list[Job[P, R]] = []
-        images = 0
-        for job in flow.groups[flow.next_group].values():
-            if taken and images >= limit:
-                break
-            if not taken or images + job.images <= limit:
-                taken.append(job)
-                images += job.images
-        for job in taken:
-            self.remove(flow, job)
-        return taken
+    def images_beside(self, flow: Flow[P, R]) -> int:
+        """Images that wait and may run with the oldest job of a flow, its own among them."""
+        return self._group_images[flow.next_group, flow.place.concurrent]
 
-    def charge(self, flow: Flow[P, R], seconds: float) -> None:
-        """Count device seconds as used by a model; negative ones are given back."""
-        behind = min((waiting.used_s for waiting in self._flows.values()), default=flow.used_s)
-        self._now_s = max(self._now_s, min(behind, flow.used_s))
-        flow.used_s = min(flow.used_s + seconds, self._now_s + MAX_DEBT_S)
+    def take(self, flow: Flow[P, R], limit: int) -> Turn[P, R]:
+        """The oldest job of a flow, and jobs of its group that fit beside it into `limit` images.
+
+        Its own come first, then those of other clients by turns; each client's are in order.
+        """
+        group = flow.next_group
+        jobs: list[Job[P, R]] = []
+        shares = []
+        for party, other in self._alike(flow, group):
+            taken = _fitting(other.groups[group].values(), limit - _images(jobs), at_least_one=not jobs)
+            if taken:
+                shares.append((party, other, _images(taken)))
+                jobs += taken
+                for job in taken:
+                    self._remove(party, other, job)
+        return Turn(jobs, tuple(shares))
+
+    def _alike(self, flow: Flow[P, R], group: Hashable) -> list[tuple[Party[P, R], Flow[P, R]]]:
+        """A flow, then those of other clients for the same model that have jobs of a group, by turns."""
+        own = self._parties.active[flow.place.client]
+        found = [(own, flow)]
+        if self._group_images[group, flow.place.concurrent] == _images(flow.groups[group].values()):
+            return found
+        for party in self._parties.in_order():
+            place = Place(party.client, flow.place.model, flow.place.concurrent)
+            other = party.flows.active.get(place)
+            if party is not own and other is not None and group in other.groups:
+                found.append((party, other))
+        return found
+
+    def charge(self, turn: Turn[P, R], seconds: float) -> None:
+        """Count device seconds as used by those whose jobs ran, by their images; negative ones are given back."""
+        for party, flow, images in turn.shares:
+            part_s = seconds * images / turn.images
+            party.flows.charge(flow, part_s)
+            self._parties.charge(party, part_s)
 
     def take_expired(self, now: float) -> list[Job[P, R]]:
         """All jobs whose deadline has passed. Walks over the jobs only if there may be one."""
         if now <= self._first_deadline:
             return []
-        expired = [
-            (flow, job) for flow in self._flows.values() for job in flow.jobs.values() if now > job.deadline
-        ]
-        for flow, job in expired:
-            self.remove(flow, job)
+        expired = self._take_where(lambda job: now > job.deadline)
         self._first_deadline = min((job.deadline for job in self), default=math.inf)
-        return [job for _, job in expired]
+        return expired
 
     def take_all(self) -> list[Job[P, R]]:
         """Everything that waits."""
-        jobs = list(self)
-        for flow in list(self._flows.values()):
-            for job in list(flow.jobs.values()):
-                self.remove(flow, job)
-        return jobs
+        return self._take_where(lambda _: True)
+
+    def _take_where(self, wanted: Callable[[Job[P, R]], bool]) -> list[Job[P, R]]:
+        found = [
+            (party, flow, job) for party, flow in self._flows() for job in flow.jobs.values() if wanted(job)
+        ]
+        for party, flow, job in found:
+            self._remove(party, flow, job)
+        return [job for _, _, job in found]
+
+
+def _fitting(jobs: Iterable[Job[P, R]], limit: int, *, at_least_one: bool) -> list[Job[P, R]]:
+    """The first jobs that together have no more than `limit` images."""
+    taken: list[Job[P, R]] = []
+    left = limit
+    for job in jobs:
+        if job.images <= left or (at_least_one and not taken):
+            taken.append(job)
+            left -= job.images
+        if left <= 0:
+            break
+    return taken
+
+
+def _images(jobs: Iterable[Job[P, R]]) -> int:
+    return sum(job.images for job in jobs)

@@ -318,6 +318,56 @@ def test_one_long_batch_does_not_lock_its_model_out(make, machine) -> None:
     assert 1 < machine.batches.index(["again"]) < 15
 
 
+def test_a_single_job_waits_for_one_batch_of_a_busy_client_of_many_models(make, machine) -> None:
+    batcher = make(max_batch=1, queue_size=1000)
+    busy = [batcher.submit(job(name, model=name, client="busy")) for name in names("n", 200)]
+    machine.wait_for(1)
+    single = batcher.submit(job("single", model="n7", client="other"))
+    machine.go_on.set()
+    results([*busy, single])
+    assert machine.batches.index(["single"]) == 1
+
+
+def test_clients_share_the_seconds_of_the_device_whatever_their_models_are(make, machine) -> None:
+    batcher = make(max_batch=1, queue_size=1000)
+    blocker = batcher.submit(job("blocker", model="m", client="blocker"))
+    machine.wait_for(1)
+    many = [batcher.submit(job(name, model=name, client="many")) for name in names("many", 50)]
+    one = [batcher.submit(job(name, model="m", client="one")) for name in names("one", 50)]
+    machine.go_on.set()
+    results([blocker, *many, *one])
+    counts = Counter(batch[0].rstrip("0123456789") for batch in machine.batches[1:41])
+    assert counts["many"] == pytest.approx(20, abs=1)
+
+
+def test_jobs_of_several_clients_share_a_batch(make, machine) -> None:
+    batcher = make(max_batch=4)
+    machine.cost = lambda jobs: 1.0  # a batch takes as long as one image: larger ones pay
+    blocker = batcher.submit(job("blocker", model="m", group="g", client="z"))
+    machine.wait_for(1)
+    futures = [batcher.submit(job(name, model="m", group="g", client=name)) for name in "abcd"]
+    machine.go_on.set()
+    results([blocker, *futures])
+    assert max(len(batch) for batch in machine.batches) > 1
+
+
+def test_a_full_queue_takes_a_client_that_has_less_and_refuses_who_has_most(make, machine) -> None:
+    batcher = make(max_batch=1, queue_size=4)
+    blocker = batcher.submit(job("blocker", client="greedy"))
+    machine.wait_for(1)
+    greedy = [batcher.submit(job(name, client="greedy")) for name in "1234"]
+    with pytest.raises(QueueFull):
+        batcher.submit(job("5", client="greedy"))
+    modest = [batcher.submit(job(name, client="modest")) for name in "ab"]
+    for pushed_out in (greedy[3], greedy[2]):
+        with pytest.raises(QueueFull, match="the queue holds 4"):
+            pushed_out.result(10)
+    with pytest.raises(QueueFull):  # both have two now
+        batcher.submit(job("c", client="modest"))
+    machine.go_on.set()
+    assert results([blocker, *greedy[:2], *modest]) == ["BLOCKER", "1", "2", "A", "B"]
+
+
 # --- lanes --------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from service.runtime.waiting import Job, WaitingJobs
 
+CLIENTS = st.sampled_from(["a", "b", "c"])
 MODELS = st.sampled_from(["m", "n", "o"])
 GROUPS = st.sampled_from(["small", "large"])
 
@@ -24,14 +25,15 @@ class QueueMachine(RuleBasedStateMachine):
         self.now = 0.0
 
     @rule(
+        client=CLIENTS,
         model=MODELS,
         group=GROUPS,
         images=st.integers(1, 5),
         concurrent=st.booleans(),
         patience=st.integers(1, 9),
     )
-    def add(self, model: str, group: str, images: int, concurrent: bool, patience: int) -> None:
-        job = Job[int, int]((model, group), images, 0, self.now + patience, model, concurrent)
+    def add(self, client: str, model: str, group: str, images: int, concurrent: bool, patience: int) -> None:
+        job = Job[int, int]((model, group), images, 0, self.now + patience, model, concurrent, client)
         self.queue.add(job)
         self.expected.append(job)
 
@@ -39,8 +41,8 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def discard(self, data: st.DataObject) -> None:
         job = data.draw(st.sampled_from(self.expected))
-        assert self.queue.discard(job.model, job.concurrent, job.future)
-        assert not self.queue.discard(job.model, job.concurrent, job.future)
+        assert self.queue.discard(job.place, job.future)
+        assert not self.queue.discard(job.place, job.future)
         self.expected.remove(job)
 
     @rule(limit=st.integers(1, 8), concurrent_only=st.booleans(), seconds=st.floats(0, 5))
@@ -51,15 +53,37 @@ class QueueMachine(RuleBasedStateMachine):
         assert self.queue.waits(concurrent_only=concurrent_only) == bool(fit)
         if flow is None:
             return
-        taken = self.queue.take(flow, limit)
-        self.queue.charge(flow, seconds)
-        same = [job for job in self.expected if (job.model, job.concurrent) == flow.key]
-        assert taken[0] is same[0]
-        assert [job for job in same if job in taken] == taken
-        assert {job.group for job in taken} == {same[0].group}
-        assert len(taken) == 1 or sum(job.images for job in taken) <= limit
-        for job in taken:
+        waiting = self.queue.images_beside(flow)
+        turn = self.queue.take(flow, limit)
+        self.queue.charge(turn, seconds)
+        own = [job for job in self.expected if job.place == flow.place]
+        assert turn.jobs[0] is own[0]
+        alike = [
+            job for job in self.expected if (job.group, job.concurrent) == (own[0].group, own[0].concurrent)
+        ]
+        assert waiting == sum(job.images for job in alike)
+        for client in {job.client for job in turn.jobs}:  # in order of arrival, one after the other
+            assert [job for job in alike if job.client == client and job in turn.jobs] == [
+                job for job in turn.jobs if job.client == client
+            ]
+        assert all(job in alike for job in turn.jobs)
+        assert len(turn.jobs) == 1 or turn.images <= limit
+        assert sum(images for *_, images in turn.shares) == turn.images
+        for job in turn.jobs:
             self.expected.remove(job)
+
+    @rule(client=CLIENTS, images=st.integers(1, 5), capacity=st.integers(1, 30))
+    def make_room(self, client: str, images: int, capacity: int) -> None:
+        job = Job[int, int]("g", images, 0, math.inf, client=client)
+        own = images + sum(other.images for other in self.expected if other.client == client)
+        excess = self.queue.images + images - capacity
+        taken = self.queue.take_for_room(job, capacity)
+        assert not taken or sum(gone.images for gone in taken) >= excess > 0
+        for gone in taken:
+            before = sum(other.images for other in self.expected if other.client == gone.client)
+            assert gone.client != client
+            assert before > own
+            self.expected.remove(gone)
 
     @rule(passed=st.floats(0, 4))
     def expire(self, passed: float) -> None:
@@ -88,14 +112,13 @@ QueueMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=4
 TestQueue = QueueMachine.TestCase
 
 
-def test_models_that_come_and_go_are_forgotten() -> None:
+def test_clients_that_come_and_go_are_forgotten() -> None:
     queue: WaitingJobs[int, int] = WaitingJobs()
     for number in range(2000):
-        job = Job[int, int](number, 1, 0, 1.0, model=number)
+        job = Job[int, int]("g", 1, 0, 1.0, client=number)
         queue.add(job)
         flow = queue.next_flow(concurrent_only=False)
         assert flow is not None
-        queue.take(flow, 1)
-        queue.charge(flow, 0.5)
+        queue.charge(queue.take(flow, 1), 0.5)
     assert not queue.waits(concurrent_only=False)
-    assert len(queue._resting) <= 256
+    assert len(queue._parties._resting) <= 256
