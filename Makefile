@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format bench engines tables docs
+.PHONY: help serve test lint format bench soak engines tables docs
 
 help:  ## say what each target does
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -35,6 +35,9 @@ format: $(STAMP)  ## put the code into its format
 
 bench: $(STAMP)  ## measure the service beside what one would use instead (a quarter of an hour)
 	$(BIN)/python -m benchmarks $(ARGS)
+
+soak: $(STAMP)  ## an hour of twice the load with hostile requests among it; ARGS='--minutes 5'
+	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 engines: $(STAMP)  ## try every type on OpenVINO (half an hour); ARGS=--write writes docs/engines.md
 	$(BIN)/python -m benchmarks.engines $(ARGS)
