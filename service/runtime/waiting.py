@@ -1,9 +1,8 @@
 """The jobs that wait for a device: who is next, without walking over all of them.
 
-Clients take turns by the device seconds they have had, and so do the models of each (start-time fair queueing: Goyal,
-Vin and Cheng, "Start-time Fair Queueing", SIGCOMM 1996): one with hundreds of jobs delays another's single job by the
-batch that runs. Within a model the oldest job is next, with those of its group, whosever they are. Nothing here is a
-thread's or a lock's; `Batcher` holds both.
+Clients take turns by the device seconds they have had, and so do the models of each: one with hundreds of jobs delays
+another's single job by the batch that runs. Within a model the oldest job is next, with those of its group, whosever
+they are. Nothing here is a thread's or a lock's; `Batcher` holds both.
 """
 
 from __future__ import annotations
@@ -15,58 +14,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
+
+from service.runtime.turns import Turns
 
 P = TypeVar("P")
 R = TypeVar("R")
 # Who has just had a long batch is passed over for no longer than this: a model of a client, and a client.
 MAX_MODEL_DEBT_S = 1.0
 MAX_CLIENT_DEBT_S = 10.0
-MAX_RESTING = 256
-
-
-class TakesTurns(Protocol):
-    """Who waits for a turn. `used_s` are the device seconds that it has had."""
-
-    used_s: float
-
-
-M = TypeVar("M", bound=TakesTurns)
-
-
-class Turns(Generic[M]):
-    """Members that take turns: next is who has used the least. Those with nothing to do rest and are not forgotten."""
-
-    def __init__(self, max_debt_s: float) -> None:
-        self.active: dict[Hashable, M] = {}
-        self._max_debt_s = max_debt_s
-        self._resting: OrderedDict[Hashable, M] = OrderedDict()
-        self._now_s = 0.0  # what the member that is furthest behind has used
-
-    def join(self, key: Hashable, make: Callable[[], M]) -> M:
-        """The member of this key, active; what it did not use while it rested is no credit."""
-        member = self.active.get(key)
-        if member is None:
-            member = self._resting.pop(key) if key in self._resting else make()
-            member.used_s = max(member.used_s, self._now_s)
-            self.active[key] = member
-        return member
-
-    def rest(self, key: Hashable) -> None:
-        """Take a member out of the turns until it joins again."""
-        self._resting[key] = self.active.pop(key)
-        if len(self._resting) > MAX_RESTING:
-            self._resting.popitem(last=False)
-
-    def in_order(self) -> list[M]:
-        """The active members, who is next first."""
-        return sorted(self.active.values(), key=lambda member: member.used_s)
-
-    def charge(self, member: M, seconds: float) -> None:
-        """Count seconds as used by a member; negative ones are given back."""
-        behind = min((active.used_s for active in self.active.values()), default=member.used_s)
-        self._now_s = max(self._now_s, min(behind, member.used_s))
-        member.used_s = min(member.used_s + seconds, self._now_s + self._max_debt_s)
 
 
 @dataclass(frozen=True)
