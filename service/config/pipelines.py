@@ -2,7 +2,8 @@
 
 Said are the short edge and a central crop of classifiers (mmpretrain's ResizeEdge and CenterCrop; mmcls 0.x wrote
 Resize(size=(256, -1))), a resize to one size, Normalize and the divisor of Pad. What a pipeline does beyond that is
-told in a note: the image keeps its own size then, or the service's default is used.
+told in a note: the image keeps its own size then, or the service's default is used. mmyolo's LetterResize pads to a
+size that its networks' largest stride divides: that much is said of it.
 
 `scale` and `img_scale` are (width, height) in these libraries, mmcls 0.x' `size` and `crop_size` (height, width).
 """
@@ -15,6 +16,7 @@ from typing import Any
 
 INTERPOLATIONS = frozenset({"nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"})
 EFFICIENTNET_PADDING = 32
+LETTERBOX_DIVISOR = 32  # of mmyolo's scales and of its batch_shapes_cfg
 MAX_STEPS = 64
 # Steps that look like a size but only annotate, load, pack or normalise are not listed: they say nothing of it.
 SIZING = frozenset(
@@ -30,9 +32,13 @@ Step = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class PipelineFacts:
-    """What a pipeline says: keys of `preprocess`, keys of a `data_preprocessor`, and what they leave out."""
+    """What a pipeline says: keys of `preprocess`, keys of a `data_preprocessor`, and what they leave out.
+
+    `divisor` is what image sides are padded to a multiple of where a note says that a step is left out.
+    """
 
     placing: Mapping[str, Any] = field(default_factory=dict)
+    divisor: int | None = None
     normalising: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -44,7 +50,9 @@ def read_pipeline(pipeline: Any) -> PipelineFacts:
     notes = [note] if note else []
     if placing and any(step.get("backend", "cv2") != "pillow" for step in steps if _resizes(step)):
         notes.append("the library resizes with OpenCV there, which does not smooth; here it is Pillow")
-    return PipelineFacts(placing, _normalising(steps), tuple(notes))
+    is_letterboxed = note != "" and any(_kind(step) == "LetterResize" for step in steps)
+    divisor = LETTERBOX_DIVISOR if is_letterboxed else None
+    return PipelineFacts(placing, divisor, _normalising(steps), tuple(notes))
 
 
 def _steps(pipeline: Any, scale: Any = None) -> Iterator[Step]:

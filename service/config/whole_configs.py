@@ -184,7 +184,9 @@ def _preprocess(
     if normalising is None:
         notes.append("there is no data_preprocessor: images are normalised as by default")
     placing = dict(facts.placing) or _placing_of_library(model, scope, normalising)
-    said = {} if normalising is None else {"data_preprocessor": normalising}
+    said: dict[str, Any] = {} if normalising is None else {"data_preprocessor": normalising}
+    if facts.divisor is not None and normalising is not None and "pad_size_divisor" not in normalising:
+        said["data_preprocessor"] = {**normalising, "pad_size_divisor": facts.divisor}
     return {**said, **placing} or None, tuple(notes)
 
 

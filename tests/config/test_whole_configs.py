@@ -248,6 +248,13 @@ def test_what_preprocess_cannot_say_is_noted(
     assert bool(facts.notes) == (not placing)
 
 
+def test_what_a_letterbox_pads_is_padded_to_what_the_network_takes() -> None:
+    named = ConfigCatalogue(ROOT / "model_configs").load("mmyolo/yolov5_s_640")
+    assert named.preprocess["data_preprocessor"]["pad_size_divisor"] == 32
+    assert parse_preprocess(named.preprocess).size_divisor == 32
+    assert any("LetterResize" in note for note in named.notes)
+
+
 def test_a_short_edge_survives_as_a_fraction() -> None:
     for edge in range(224, 1024):
         steps = [{"type": "ResizeEdge", "scale": edge}, {"type": "CenterCrop", "crop_size": 224}]
