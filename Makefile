@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format bench soak engines tables docs
+.PHONY: help serve test lint format bench soak fuzz engines tables docs
 
 help:  ## say what each target does
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -38,6 +38,9 @@ bench: $(STAMP)  ## measure the service beside what one would use instead (a qua
 
 soak: $(STAMP)  ## an hour of twice the load with hostile requests among it; ARGS='--minutes 5'
 	$(BIN)/python -m benchmarks.soak $(ARGS)
+
+fuzz: $(STAMP)  ## fuzz everything that reads bytes of strangers (an hour); ARGS='--minutes 1 --times 2' is short
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 engines: $(STAMP)  ## try every type on OpenVINO (half an hour); ARGS=--write writes docs/engines.md
 	$(BIN)/python -m benchmarks.engines $(ARGS)
