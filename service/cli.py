@@ -77,8 +77,10 @@ def variable_of(name: str) -> str:
 def shown_default(name: str) -> str:
     """The default of a setting, as one would write it."""
     default = Settings.model_fields[name].default
+    if default is None or default == ():
+        return "none"
     if isinstance(default, tuple):
-        return ",".join(default) or "none"
+        return ",".join(default)
     return f"{default:g}" if isinstance(default, float) else str(default).removeprefix("False") or "no"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ DEFAULT_TIMEOUT_S = 60.0
 
 Config = Mapping[str, Any] | str
 Necks = Config | Sequence[Config]  # one, or one behind the other
-Image = Path | str | bytes
+Image = Path | str | bytes  # a text is a path, or a URL for the service to fetch
 FilePart = tuple[str, tuple[str, bytes] | tuple[str, bytes, str]]
 
 
@@ -92,8 +93,12 @@ class FeatureOptions:
 
     def parts(self) -> dict[str, str]:
         """Text parts as multipart sends them: words as they are, anything else as JSON."""
-        given = {("return" if name == "returns" else name): value for name, value in vars(self).items()}
-        return {name: _text(value) for name, value in given.items() if value is not None}
+        return {name: _text(value) for name, value in self.given().items()}
+
+    def given(self) -> dict[str, Any]:
+        """The keys as the service calls them, without what is its default."""
+        named = {("return" if name == "returns" else name): value for name, value in vars(self).items()}
+        return {name: value for name, value in named.items() if value is not None}
 
 
 def _text(value: object) -> str:
@@ -105,7 +110,7 @@ def _text(value: object) -> str:
 def features_call(
     options: FeatureOptions, images: Image | Sequence[Image], tensor: FloatArray | None, accept: str
 ) -> Call:
-    """`POST /features` as multipart; reads the image files.
+    """`POST /features` as multipart, or as JSON where an image is a URL; reads the image files.
 
     Raises:
         ValueError: neither images nor a tensor, or both.
@@ -115,8 +120,24 @@ def features_call(
         images = [images]
     if bool(images) == (tensor is not None):
         raise ValueError("give images or a tensor: one of the two")
+    headers = {"Accept": accept}
+    if any(_is_url(image) for image in images):
+        body = {**options.given(), "images": [_image_ref(image) for image in images]}
+        return Call("POST", "/features", body=body, headers=headers)
     files = [_tensor_part(tensor)] if tensor is not None else [_image_part(image) for image in images]
-    return Call("POST", "/features", parts=options.parts(), files=files, headers={"Accept": accept})
+    return Call("POST", "/features", parts=options.parts(), files=files, headers=headers)
+
+
+def _is_url(image: Image) -> bool:
+    return isinstance(image, str) and image.lower().startswith(("https://", "http://"))
+
+
+def _image_ref(image: Image) -> dict[str, str]:
+    """An image as JSON has it."""
+    if _is_url(image):
+        return {"url": str(image)}
+    data = image if isinstance(image, bytes) else Path(image).read_bytes()
+    return {"base64": base64.b64encode(data).decode()}
 
 
 def _image_part(image: Image) -> FilePart:
@@ -267,7 +288,7 @@ class BackboneClient:
         """The features of images, or of one tensor [n, c, h, w] that is already normalised.
 
         Args:
-            images: a path or the bytes of an image file, or several.
+            images: a path, the bytes of an image file, or a URL that the service may fetch; or several.
             backbone: a config or the name of one.
             accept: the reply's format; JSON holds shapes and statistics unless `returns="tensors"`.
         """

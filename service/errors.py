@@ -181,7 +181,7 @@ class QuotaExceeded(ServiceError):
 
 
 class RemoteFailed(ServiceError):
-    """A remote checkpoint could not be fetched or is not what it should be."""
+    """A remote checkpoint or image could not be fetched or is not what it should be."""
 
     title = "A remote source failed"
 

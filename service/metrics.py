@@ -49,6 +49,25 @@ class Metrics:
         self.fetched_bytes = Gauge(
             "backbone_checkpoint_fetched_bytes", "Bytes of checkpoints downloaded.", registry=self.registry
         )
+        self.image_fetches = Counter(
+            "backbone_image_fetches",
+            "Fetches of image URLs by what became of them: fetched, denied (its address is not allowed), unresolved, "
+            "unreachable, redirected, status, compressed, large, slow, broken, abandoned.",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self.image_fetches_in_flight = Gauge(
+            "backbone_image_fetches_in_flight", "Image URLs being fetched.", registry=self.registry
+        )
+        self.image_fetched_bytes = Counter(
+            "backbone_image_fetched_bytes", "Bytes of images fetched from URLs.", registry=self.registry
+        )
+        self.image_fetch_seconds = Histogram(
+            "backbone_image_fetch_seconds",
+            "Time that fetching one image took.",
+            buckets=SECONDS,
+            registry=self.registry,
+        )
         self.loads = Counter("backbone_model_loads", "Loads by outcome.", ["outcome"], registry=self.registry)
         self.promotions = Counter(
             "backbone_model_promotions",

@@ -55,6 +55,18 @@ class Settings(BaseSettings):
     )
     max_checkpoint_bytes: int = Field(8 * 2**30, ge=1, description="largest checkpoint that is downloaded")
     download_timeout: float = Field(600.0, gt=0, description="seconds that one checkpoint download may take")
+    image_hosts: Names = Field(
+        (), description="hosts an image URL may name, comma separated; without any, URLs are refused"
+    )
+    image_networks: Names = Field(
+        (),
+        description="networks that are not public and images may come from all the same, comma separated; dangerous",
+    )
+    image_ca_file: Path | None = Field(
+        None,
+        description="PEM file of the authorities that vouch for image hosts, in place of the public ones",
+    )
+    image_timeout: float = Field(5.0, gt=0, description="seconds that fetching one image may take")
     api_keys: Names = Field((), description="keys of clients, comma separated")
     admin_keys: Names = Field((), description="keys for POST and DELETE /models, comma separated")
     allow_anonymous: bool = Field(False, description="a gateway in front of the service checks who asks")
@@ -99,7 +111,14 @@ class Settings(BaseSettings):
     )
 
     @field_validator(
-        "checkpoint_hosts", "checkpoint_mirrors", "api_keys", "admin_keys", "warm", mode="before"
+        "checkpoint_hosts",
+        "checkpoint_mirrors",
+        "image_hosts",
+        "image_networks",
+        "api_keys",
+        "admin_keys",
+        "warm",
+        mode="before",
     )
     @classmethod
     def _split(cls, value: object) -> object:

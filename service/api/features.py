@@ -30,7 +30,7 @@ from service.protocol.reply import FeatureReply
 
 if TYPE_CHECKING:
     from service.runtime.engine import Engine, Shapes
-    from service.runtime.query import FeatureQuery
+    from service.runtime.query import FeatureQuery, Prepared
 
 VARY = "Accept, Accept-Encoding"
 router = APIRouter(tags=["features"], route_class=LeanRoute)
@@ -84,7 +84,7 @@ async def _answer(
     reply = await engine.extract(prepared, refuse_reply)
     encoded = await _encoded(request, engine, reply, media_type, options)
     engine.observe_stages({"encode": encoded.encode_ms / 1000})
-    headers |= {"Server-Timing": _server_timing(reply, encoded), **encoded.headers}
+    headers |= {"Server-Timing": _server_timing(prepared, reply, encoded), **encoded.headers}
     if encoded.coding != IDENTITY:
         headers["Content-Encoding"] = encoded.coding
     return ChunkedReply(encoded.chunks, headers, media_type)
@@ -110,6 +110,7 @@ def _query(intake: Intake) -> FeatureQuery:
         backbone=asked.backbone,
         images=intake.images,
         tensor=intake.tensor,
+        urls=intake.urls,
         neck=asked.neck,
         preprocess=asked.preprocess,
         precision=asked.precision,
@@ -127,6 +128,7 @@ def _matches(if_none_match: str | None, fingerprint: str) -> bool:
     return fingerprint in given or "*" in given
 
 
-def _server_timing(reply: FeatureReply, encoded: EncodedReply) -> str:
-    stages = {**reply.timings.describe(), "encode": encoded.encode_ms}
+def _server_timing(prepared: Prepared, reply: FeatureReply, encoded: EncodedReply) -> str:
+    fetch = {"fetch": prepared.fetch_ms} if prepared.query.urls else {}
+    stages = {**fetch, **reply.timings.describe(), "encode": encoded.encode_ms}
     return ", ".join(f"{stage};dur={elapsed_ms:.2f}" for stage, elapsed_ms in stages.items())

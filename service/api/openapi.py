@@ -139,7 +139,11 @@ IMAGE: Spec = {
     "type": "object",
     "properties": {
         "base64": {"type": "string", "format": "byte"},
-        "url": {"type": "string", "format": "uri", "description": "off until the operator allows hosts"},
+        "url": {
+            "type": "string",
+            "format": "uri",
+            "description": "fetched from hosts that the operator allows; without any it is refused",
+        },
     },
     "minProperties": 1,
     "maxProperties": 1,

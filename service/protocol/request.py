@@ -169,7 +169,10 @@ class ImageRef(BaseModel):
 
     base64: str | None = Field(None, min_length=1, description="The bytes of an image file.")
     url: str | None = Field(
-        None, min_length=1, max_length=MAX_URL_CHARS, description="Off until the operator allows hosts."
+        None,
+        min_length=1,
+        max_length=MAX_URL_CHARS,
+        description="Where it is fetched from; off until the operator allows hosts.",
     )
 
     @model_validator(mode="after")

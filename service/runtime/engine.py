@@ -8,14 +8,14 @@ import os
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
-from typing import Any, ParamSpec, TypeVar
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from service.backbones.catalogue import backbone_registry
 from service.checkpoints.resolve import CheckpointStore
 from service.config.files import ConfigCatalogue, named_in_errors
 from service.config.spec import WeightsRef
-from service.errors import DeadlineExceeded, ServiceError
+from service.errors import DeadlineExceeded, InvalidConfig, ServiceError
 from service.metrics import Metrics
 from service.necks.catalogue import neck_registry
 from service.protocol.reply import FeatureReply, FloatArray, ModelInfo, Timings
@@ -44,6 +44,10 @@ from service.runtime.report import model_info, reply_levels
 from service.runtime.threads import on_thread, until
 from service.runtime.work import DeviceRunner, Done, Work, WorkJob
 from service.settings import Settings
+
+if TYPE_CHECKING:
+    from service.images.hosts import ImageUrl
+    from service.images.remote import RemoteImages
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -81,6 +85,7 @@ class Engine:
         self.checkpoints = Fetches(self.store, self._fetches)
         limits = Limits(settings.max_pixels, settings.max_images, settings.max_body_bytes // 4)
         self._intake = Intake(self._codecs, limits)
+        self._remote_images = _remote_images(settings, metrics)
         self._takes_bytes = self.device.type == "cuda" if takes_bytes is None else takes_bytes
         self._uploads = Uploads(self.device)
         self.networks = Networks(settings, self.device, metrics)
@@ -98,12 +103,13 @@ class Engine:
     # --- features -------------------------------------------------------------------------------
 
     async def prepare(self, query: FeatureQuery, extra: str = "") -> Prepared:
-        """Resolve a query: config, preprocessing, weights. Nothing is decoded, loaded or computed.
+        """Resolve a query: config, preprocessing, weights, images to fetch. Nothing is decoded, loaded or computed.
 
         Args:
             extra: whatever else decides the bytes of the reply; it goes into the fingerprint.
         """
         refuse_emulated(query.precision, self.precisions, self.device)
+        urls = self._image_urls(query)
         deadline = time.monotonic() + self.settings.request_timeout
         plan = self._known(query)
         if plan is None:
@@ -115,10 +121,37 @@ class Engine:
         neck_type = plan.type if plan.neck is None else plan.neck.type
         neck_weights = await self._found(_neck_ref(plan), neck_type, deadline)
         identity = network_id(plan.key, weights)
+        fetch_began = time.perf_counter()
+        if urls:
+            query = await self._with_images(query, urls, deadline)
+        fetch_ms = (time.perf_counter() - fetch_began) * 1000 if urls else 0.0
         parts = (query, plan, identity, neck_weights, extra)
         is_small = query.bytes <= MAX_DIGESTED_AT_ONCE
         digest = fingerprint(*parts) if is_small else await on_thread(self._codecs, fingerprint, *parts)
-        return Prepared(query, plan, spec, weights, neck_weights, identity, digest, deadline)
+        return Prepared(query, plan, spec, weights, neck_weights, identity, digest, deadline, fetch_ms)
+
+    def _image_urls(self, query: FeatureQuery) -> Mapping[int, ImageUrl]:
+        """The URLs of the images, by their form alone.
+
+        Raises:
+            InvalidConfig: one that is not fetched here.
+        """
+        if not query.urls:
+            return {}
+        if self._remote_images is None:
+            detail = "fetching image URLs is off on this server; send the image as base64"
+            raise InvalidConfig(f"#/images/{min(query.urls)}/url", detail)
+        return self._remote_images.read(query.urls)
+
+    async def _with_images(
+        self, query: FeatureQuery, urls: Mapping[int, ImageUrl], deadline: float
+    ) -> FeatureQuery:
+        """The query with the images behind its URLs, which come last: a config that cannot be served fetches none."""
+        assert self._remote_images is not None
+        async with until(deadline, _not_fetched):
+            fetched = await self._remote_images.fetch(urls, self.settings.max_body_bytes - query.bytes)
+        images = tuple(fetched.get(index, image) for index, image in enumerate(query.images))
+        return replace(query, images=images)
 
     def _known(self, query: FeatureQuery) -> Plan | None:
         """The plan of a config that was resolved before and depends on no file."""
@@ -351,6 +384,8 @@ class Engine:
         if self._warming is not None:
             self._warming.cancel()
         self.checkpoints.stop()
+        if self._remote_images is not None:
+            self._remote_images.stop()
         await self.networks.stop()
         await asyncio.to_thread(self.batcher.stop)
         for executor in (self._codecs, self._plans, self._fetches):
@@ -397,6 +432,10 @@ def _not_resolved() -> ServiceError:
     return DeadlineExceeded("the deadline passed while the config was being resolved")
 
 
+def _not_fetched() -> ServiceError:
+    return DeadlineExceeded("the deadline passed while images were being fetched")
+
+
 class _Clock:
     """Seconds by stage."""
 
@@ -412,6 +451,14 @@ class _Clock:
     def note(self, stage: str, seconds: float) -> None:
         """A stage measured elsewhere."""
         self.seconds[stage] = seconds
+
+
+def _remote_images(settings: Settings, metrics: Metrics) -> RemoteImages | None:
+    if not settings.image_hosts:
+        return None
+    from service.images.remote import RemoteImages  # with HTTPX, which most services have no use for
+
+    return RemoteImages.of(settings, metrics)
 
 
 def _checkpoint_store(settings: Settings) -> CheckpointStore:

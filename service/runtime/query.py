@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from service.config.preprocess import PreprocessSpec
@@ -15,11 +16,15 @@ from service.runtime.postprocess import Pool
 
 @dataclass(frozen=True)
 class FeatureQuery:
-    """What a client asks of `POST /features`, bounded but not yet resolved."""
+    """What a client asks of `POST /features`, bounded but not yet resolved.
+
+    `urls` are where images are fetched from, by their index in `images`, which are empty there until then.
+    """
 
     backbone: Any
     images: tuple[bytes, ...] = ()
     tensor: bytes | None = None
+    urls: Mapping[int, str] = field(default_factory=dict)
     neck: Any = None
     preprocess: Any = None
     precision: Precision = "float32"
@@ -35,7 +40,10 @@ class FeatureQuery:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A query resolved as far as it goes without an image or a weight; `fingerprint` identifies its answer."""
+    """A query resolved as far as it goes without decoding an image or reading a weight.
+
+    `fingerprint` identifies its answer; `fetch_ms` is what it took to fetch its images, 0 without URLs.
+    """
 
     query: FeatureQuery
     plan: Plan
@@ -45,6 +53,7 @@ class Prepared:
     model_id: str
     fingerprint: str
     deadline: float
+    fetch_ms: float = 0.0
 
 
 def fingerprint(
