@@ -18,6 +18,11 @@ from service.version import service_version
 
 log = logging.getLogger("service.cli")
 SHOWN_NAMES = 8
+QUOTA_UNITS = {
+    "requests": "requests",
+    "megapixels": "megapixels",
+    "new_models": "configs and models that are not known yet",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_inspect(commands)
     _add_convert(commands)
+    _add_key(commands)
     return parser
 
 
@@ -255,6 +261,41 @@ def _left_out(names: Sequence[str]) -> str:
         return ""
     more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
     return f"; left out: {', '.join(names[:SHOWN_NAMES])}{more}"
+
+
+# --- key ----------------------------------------------------------------------------------------
+
+
+def _add_key(commands: Any) -> None:
+    key = commands.add_parser(
+        "key",
+        help="make a key and its line for BACKBONE_KEYS_FILE",
+        description="Make a random key. The line for the keys file goes to the standard output, with a hash in place "
+        "of the key; the key itself goes to the terminal (standard error), once: it is kept nowhere. "
+        "backbone-service key --name alice >> keys",
+    )
+    key.add_argument(
+        "--name", required=True, help="whose it is, for logs and quotas: letters, digits and . _ -"
+    )
+    key.add_argument("--admin", action="store_true", help="its holder may POST and DELETE /models too")
+    for quota, unit in QUOTA_UNITS.items():
+        text = f"{unit} in a minute, 0 for no quota (default: as the service's settings say)"
+        key.add_argument(f"--{quota.replace('_', '-')}", type=int, metavar="N", help=text)
+    key.set_defaults(run=_key)
+
+
+def _key(options: argparse.Namespace) -> int:
+    from service.api.keys import BadKeys, Holder, file_line, make_key, written_hash
+
+    quotas = {quota: getattr(options, quota) for quota in QUOTA_UNITS if getattr(options, quota) is not None}
+    key = make_key()
+    try:
+        line = file_line(Holder(options.name, options.admin, quotas), written_hash(key))
+    except BadKeys as error:
+        return _fail(str(error), 2)
+    print(line, flush=True)
+    print(f"the key, which is shown this once: {key}", file=sys.stderr)
+    return 0
 
 
 if __name__ == "__main__":

@@ -69,6 +69,13 @@ class Metrics:
             registry=self.registry,
         )
         self.loads = Counter("backbone_model_loads", "Loads by outcome.", ["outcome"], registry=self.registry)
+        self.access_refused = Counter(
+            "backbone_access_refused",
+            "Requests refused for who asked: no_key, several_keys, unknown_key, no_operator, or over the quota of "
+            "requests, megapixels, new_models.",
+            ["reason"],
+            registry=self.registry,
+        )
         self.promotions = Counter(
             "backbone_model_promotions",
             "Models that went from torch to a faster engine, by outcome: promoted, refused, failed.",

@@ -67,10 +67,31 @@ class Settings(BaseSettings):
         description="PEM file of the authorities that vouch for image hosts, in place of the public ones",
     )
     image_timeout: float = Field(5.0, gt=0, description="seconds that fetching one image may take")
-    api_keys: Names = Field((), description="keys of clients, comma separated")
-    admin_keys: Names = Field((), description="keys for POST and DELETE /models, comma separated")
+    api_keys: Names = Field(
+        (), repr=False, description="keys of clients, plain or as sha256:HASH, comma separated"
+    )
+    admin_keys: Names = Field(
+        (),
+        repr=False,
+        description="keys for POST and DELETE /models, likewise; their holders are clients too",
+    )
+    keys_file: Path | None = Field(
+        None, description="file of hashed keys, one a line; read again on SIGHUP; see Keys"
+    )
     allow_anonymous: bool = Field(False, description="a gateway in front of the service checks who asks")
-    requests_per_minute: int = Field(0, ge=0, description="quota of each key or address; 0 is none")
+    requests_per_minute: int = Field(
+        0, ge=0, le=10**9, description="requests of each client in a minute; 0 is no quota"
+    )
+    megapixels_per_minute: int = Field(
+        0, ge=0, le=10**9, description="megapixels of each client in a minute; 0 is no quota"
+    )
+    new_models_per_minute: int = Field(
+        0,
+        ge=0,
+        le=10**9,
+        description="configs and models of each client in a minute that are not known yet; 0 is no quota",
+    )
+    metrics_need_key: bool = Field(False, description="/metrics is for holders of a key only")
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda|cuda:\d{1,2}|mps)$", description="auto, cpu, cuda, cuda:N or mps"
     )
@@ -133,14 +154,33 @@ class Settings(BaseSettings):
                 raise ValueError("a mirror is written host=http://base or host=https://base")
         return value
 
+    @field_validator("keys_file", mode="before")
+    @classmethod
+    def _no_file(cls, value: object) -> object:
+        return None if value == "" else value
+
     @model_validator(mode="after")
     def _guarded(self) -> Settings:
-        if not (self.api_keys or self.allow_anonymous or is_loopback(self.host)):
+        if not (self.api_keys or self.keys_file or self.may_be_anonymous):
             raise ValueError(
-                f"without BACKBONE_API_KEYS the service only starts on a loopback address, not on "
-                f"{self.host}; set keys, or BACKBONE_ALLOW_ANONYMOUS=1 if a gateway in front of it checks who asks"
+                f"without BACKBONE_API_KEYS or BACKBONE_KEYS_FILE the service only starts on a loopback address, not "
+                f"on {self.host}; set keys, or BACKBONE_ALLOW_ANONYMOUS=1 if a gateway in front of it checks who asks"
             )
         return self
+
+    @property
+    def may_be_anonymous(self) -> bool:
+        """Whether clients need no key where there are none: a gateway checks, or only this machine can ask."""
+        return self.allow_anonymous or is_loopback(self.host)
+
+    @property
+    def quotas(self) -> dict[str, int]:
+        """Units that each client may take in a minute; 0 is no quota."""
+        return {
+            "requests": self.requests_per_minute,
+            "megapixels": self.megapixels_per_minute,
+            "new_models": self.new_models_per_minute,
+        }
 
     @property
     def mirrors(self) -> dict[str, str]:

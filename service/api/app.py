@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from service.api import backbones, configs, docs, features, health, models
-from service.api.access import Access
+from service.api.access import Access, AccessMiddleware
 from service.api.compression import CompressionMiddleware
 from service.api.draining import DrainMiddleware
 from service.api.errors import on_crash, on_http_exception, on_service_error, on_validation_error
@@ -42,6 +42,9 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     Args:
         settings: everything an operator can set.
         engine: one made elsewhere, for embedding; otherwise the app makes and stops its own.
+
+    Raises:
+        CannotStart: a key cannot be used.
     """
     metrics = Metrics() if engine is None else engine.metrics
 
@@ -65,7 +68,7 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,  # the address of a redirect would be made of the client's own Host header
     )
-    app.state.access = Access(settings)
+    app.state.access = Access(settings, metrics)
     app.state.startup = Startup(settings, metrics, engine)
     for routes in (features, backbones, configs, models, health, docs):
         app.include_router(routes.router)
@@ -73,6 +76,7 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     _add_error_handlers(app)
     app.add_middleware(CompressionMiddleware)
     app.add_middleware(LimitsMiddleware, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(AccessMiddleware, access=app.state.access)
     app.add_middleware(DrainMiddleware)
     app.add_middleware(ServiceMiddleware, metrics=metrics)
     return app

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import APIRouter, Depends, Path, Query
+from fastapi import APIRouter, Path, Query
 from starlette.requests import Request
 from starlette.responses import Response
 
 from service.api.bodies import read_json_object
 from service.api.openapi import INSPECT_OPERATION, INSPECT_REPLY, TYPE_REPLY, TYPES_REPLY
 from service.api.reply import json_reply
-from service.api.state import client, engine_of, while_connected
+from service.api.state import engine_of, visitor_of, while_connected
 from service.errors import InvalidConfig
 
 if TYPE_CHECKING:
     from service.runtime.engine import Engine
 
-router = APIRouter(tags=["backbones"], dependencies=[Depends(client)])
+router = APIRouter(tags=["backbones"])
 MAX_PAGE = 2000
 MAX_SIDE = 8192
 
@@ -75,16 +76,17 @@ async def post_inspect(request: Request) -> Response:
     """Levels, parameters, bytes and frozen names of a config; no weights are made and no image is needed."""
     body = await read_json_object(request, ("backbone", "neck", "input_size"), required="backbone")
     size = _input_size(body.get("input_size"))
-    found = _inspected(await engine_of(request), body["backbone"], body.get("neck"), size)
+    on_new = visitor_of(request).take_new_model
+    found = _inspected(await engine_of(request), body["backbone"], body.get("neck"), size, on_new)
     return json_reply(await while_connected(request, found))
 
 
 async def _inspected(
-    engine: Engine, backbone: Any, neck: Any, size: tuple[int, int] | None
+    engine: Engine, backbone: Any, neck: Any, size: tuple[int, int] | None, on_new: Callable[[], None]
 ) -> dict[str, Any]:
     from service.runtime.inspect import inspection
 
-    plan = await engine.plan(backbone, neck)
+    plan = await engine.plan(backbone, neck, on_new=on_new)
     return await engine.planning(inspection, engine.planner, plan, size)
 
 

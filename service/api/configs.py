@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Path
+from fastapi import APIRouter, Path
 from starlette.requests import Request
 from starlette.responses import Response
 
 from service.api.openapi import CONFIG_REPLY, CONFIGS_REPLY
 from service.api.reply import json_reply
-from service.api.state import client, engine_of
+from service.api.state import engine_of
 
-router = APIRouter(tags=["configs"], dependencies=[Depends(client)])
+router = APIRouter(tags=["configs"])
 
 
 @router.get("/configs", summary="List the named configs", responses=CONFIGS_REPLY, response_class=Response)

@@ -87,6 +87,14 @@ def plain_problem(
     return Response(orjson.dumps(body), status, dict(headers or {}), PROBLEM_JSON)
 
 
+def routing_problem(
+    status: int, method: str, path: str, request_id: str, headers: Mapping[str, str] | None = None
+) -> Response:
+    """The reply where there is no such route (404), or none for the method (405)."""
+    detail = f"no route {method} {path[:200]}" if status == 404 else f"{method} is not served here"
+    return plain_problem(status, detail, request_id, headers)
+
+
 def request_id_of(request: Request) -> str:
     """The id that the middleware gave the request."""
     return str(request.scope.get("request_id") or secrets.token_hex(8))
@@ -99,14 +107,13 @@ async def on_service_error(request: Request, error: Exception) -> Response:
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
-    """Answer what the framework refuses: no such route, wrong method."""
+    """Answer what the framework refuses: no such file of the page."""
     assert isinstance(error, HTTPException)
-    details = {
-        404: f"no route {request.method} {request.url.path[:200]}",
-        405: f"{request.method} is not served here",
-    }
-    detail = details.get(error.status_code, str(error.detail))
-    return plain_problem(error.status_code, detail, request_id_of(request), error.headers)
+    request_id = request_id_of(request)
+    if error.status_code in (404, 405):
+        path = request.scope["path"]
+        return routing_problem(error.status_code, request.method, path, request_id, error.headers)
+    return plain_problem(error.status_code, str(error.detail), request_id, error.headers)
 
 
 async def on_validation_error(request: Request, error: Exception) -> Response:

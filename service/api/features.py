@@ -14,7 +14,7 @@ from service.api.compression import coding_of
 from service.api.openapi import FEATURES_OPERATION, FEATURES_REPLY
 from service.api.reply import ChunkedReply
 from service.api.routes import LeanRoute
-from service.api.state import client, engine_of, while_connected
+from service.api.state import engine_of, visitor_of, while_connected
 from service.errors import TooLarge
 from service.protocol.coding import AS_IT_IS, IDENTITY
 from service.protocol.encode import (
@@ -49,7 +49,6 @@ async def post_features(request: Request) -> Response:
     Send the image as a multipart part, as base64 in JSON, or as the raw body with the rest in the query;
     `Accept` chooses the form of the reply.
     """
-    await client(request)
     engine = await engine_of(request)
     media_type = negotiate(request.headers.get("accept"))
     intake = await read_features_request(request, engine.settings)
@@ -68,11 +67,16 @@ def _options(intake: Intake, media_type: str) -> ReplyOptions:
 async def _answer(
     request: Request, engine: Engine, intake: Intake, media_type: str, options: ReplyOptions
 ) -> Response:
-    prepared = await engine.prepare(_query(intake), extra=f"{media_type} {options}")
+    visitor = visitor_of(request)
+    prepared = await engine.prepare(
+        _query(intake), extra=f"{media_type} {options}", on_new=visitor.take_new_model
+    )
     # Weak: replies that are equal by their tag may differ in their timings and in their content coding.
     headers = {"ETag": f'W/"{prepared.fingerprint}"', "X-Model-ID": prepared.model_id, "Vary": VARY}
     if _matches(request.headers.get("if-none-match"), prepared.fingerprint):
         return Response(status_code=304, headers=headers)
+    if visitor.counts_pixels:
+        visitor.take_pixels(await engine.pixels(prepared))
 
     def refuse_reply(shapes: Shapes, names: Sequence[str]) -> None:
         check_levels(names, media_type)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Path
+from fastapi import APIRouter, Path
 from starlette.requests import Request
 from starlette.responses import Response
 
 from service.api.bodies import read_json_object
 from service.api.openapi import LOAD_OPERATION, LOAD_REPLY, MODELS_REPLY, UNLOAD_REPLY
 from service.api.reply import json_reply
-from service.api.state import client, engine_of, operator
+from service.api.state import engine_of, visitor_of
 
 router = APIRouter(tags=["models"])
 
@@ -19,7 +19,6 @@ router = APIRouter(tags=["models"])
 @router.get(
     "/models",
     summary="List the models in memory",
-    dependencies=[Depends(client)],
     responses=MODELS_REPLY,
     response_class=Response,
 )
@@ -32,7 +31,6 @@ async def get_models(request: Request) -> Response:
     "/models",
     summary="Load a model ahead of its first image",
     status_code=201,
-    dependencies=[Depends(operator)],
     openapi_extra=LOAD_OPERATION,
     responses=LOAD_REPLY,
     response_class=Response,
@@ -41,7 +39,8 @@ async def post_models(request: Request) -> Response:
     """Load and warm what a config builds; 201 when it is there, 200 when it already was."""
     body = await read_json_object(request, ("backbone", "neck", "preprocess"), required="backbone")
     engine = await engine_of(request)
-    entry, fresh = await engine.load(body["backbone"], body.get("neck"), body.get("preprocess"))
+    on_new = visitor_of(request).take_new_model
+    entry, fresh = await engine.load(body["backbone"], body.get("neck"), body.get("preprocess"), on_new)
     return json_reply(
         entry, 201 if fresh else 200, {"Location": f"/models/{entry['id']}", "X-Model-ID": entry["id"]}
     )
@@ -50,7 +49,6 @@ async def post_models(request: Request) -> Response:
 @router.delete(
     "/models/{id}",
     summary="Unload a model",
-    dependencies=[Depends(operator)],
     responses=UNLOAD_REPLY,
     response_class=Response,
 )

@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
+from service.api.access import Access, rule_for
 from service.api.errors import PROBLEM_JSON, problem_type, status_of
 from service.errors import ServiceError
 
@@ -91,9 +92,7 @@ COMPONENTS: Spec = {
         "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
     },
 }
-# Keys are an operator's choice: `{}` says that a request without one may be fine.
-SECURITY: list[Spec] = [{}, {"bearer": []}, {"header": []}]
-PROBES = ("/healthz", "/readyz", "/metrics")
+KEYS: list[Spec] = [{"bearer": []}, {"header": []}]
 
 
 def _reference(name: str) -> Spec:
@@ -521,7 +520,17 @@ class DescribedApp(FastAPI):
             document = super().openapi()
             document["components"] = COMPONENTS
             for path, operations in document["paths"].items():
-                for operation in operations.values():
+                for method, operation in operations.items():
                     operation["responses"] = _without_fastapi_errors(operation["responses"])
-                    operation["security"] = [] if path in PROBES else SECURITY
+                    operation["security"] = self._security(path, method.upper())
         return self.openapi_schema or {}
+
+    def _security(self, path: str, method: str) -> list[Spec]:
+        """The keys that an operation takes; `{}` says that a request without one is fine here."""
+        access: Access = self.state.access
+        rule = rule_for(path, method)
+        assert rule is not None, f"{method} {path} has no decision in service/api/access.py"
+        who = rule.who[method]
+        if access.is_for_anyone(who):
+            return []
+        return KEYS if access.asks_for_key(who) else [{}, *KEYS]

@@ -11,12 +11,12 @@ class LeanRoute(APIRoute):
     """Described as any route, but its endpoint is called with the request and nothing else.
 
     FastAPI's way to an endpoint, with dependencies and their exit stacks, takes a third of the time that a small
-    request spends on the event loop. The endpoint asks who is there itself.
+    request spends on the event loop.
     """
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request that matched, or refuse its method."""
-        assert not self.dependencies, "a lean route solves no dependencies: its endpoint calls them"
+        assert not self.dependencies, "a lean route solves no dependencies"
         if scope["method"] not in (self.methods or ()):
             await super().handle(scope, receive, send)
             return

@@ -13,6 +13,7 @@ from types import FrameType
 
 import uvicorn
 
+from service.api.access import Access
 from service.api.app import create_app
 from service.api.startup import Startup
 from service.errors import CannotStart
@@ -30,9 +31,10 @@ class DrainingServer(uvicorn.Server):
     process at once.
     """
 
-    def __init__(self, config: uvicorn.Config, startup: Startup, drain_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, startup: Startup, access: Access, drain_s: float) -> None:
         super().__init__(config)
         self._startup = startup
+        self._access = access
         self._drain_s = drain_s
         self._drain_until = math.inf
         self._is_told = False
@@ -40,7 +42,7 @@ class DrainingServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """As uvicorn's, but a stop that was asked for and went well is not raised again: the exit status is 0."""
-        with super().capture_signals():
+        with super().capture_signals(), self._access.reading_keys_on_hangup():
             yield
             self._captured_signals.clear()
 
@@ -72,7 +74,11 @@ class DrainingServer(uvicorn.Server):
 
 def run_server(settings: Settings) -> int:
     """Serve until told to stop, or until it turns out that it cannot be started; the exit status."""
-    app = create_app(settings)
+    try:
+        app = create_app(settings)
+    except CannotStart as error:
+        log.error("cannot start: %s", error)
+        return 2
     startup: Startup = app.state.startup
     config = uvicorn.Config(
         app,
@@ -84,7 +90,7 @@ def run_server(settings: Settings) -> int:
         timeout_keep_alive=15,
         h11_max_incomplete_event_size=64 * 1024,
     )
-    server = DrainingServer(config, startup, settings.drain_seconds)
+    server = DrainingServer(config, startup, app.state.access, settings.drain_seconds)
     try:
         server.run()
     except SystemExit:  # uvicorn has said why: the address is taken

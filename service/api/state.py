@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from service.api.access import Access
+from service.api.access import Visitor
 from service.api.startup import Startup
 
 if TYPE_CHECKING:
@@ -33,20 +33,10 @@ async def engine_of(request: Request) -> Engine:
     return startup.now or await startup.engine()
 
 
-def access_of(request: Request) -> Access:
-    """Who may ask what."""
-    access: Access = request.app.state.access
-    return access
-
-
-async def client(request: Request) -> None:
-    """Route dependency: clients and operators may."""
-    await access_of(request).client(request)
-
-
-async def operator(request: Request) -> None:
-    """Route dependency: operators may."""
-    await access_of(request).operator(request)
+def visitor_of(request: Request) -> Visitor:
+    """Who asks, on a route that is not for anyone."""
+    visitor: Visitor = request.scope["visitor"]
+    return visitor
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:

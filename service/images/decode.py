@@ -139,6 +139,24 @@ def decode_image(
     return image or _decoded_by_pillow(container, kind, index, max_pixels)
 
 
+def image_size(data: bytes | memoryview, *, index: int, max_pixels: int) -> tuple[int, int]:
+    """[width, height] of an upright image as its header says; no pixel is decoded.
+
+    Raises:
+        UndecodableImage, UnsupportedMedia, TooLarge: as `decode_image` does for a header.
+    """
+    _quiet_pillow()
+    encoded = bytes(data)
+    kind = _format_of(encoded, index)
+    container = _read_container(encoded, kind, index)
+    stored = jpeg_size(container.data) if kind.name == "JPEG" else None
+    size = container.size if stored is None else (stored[1], stored[0])
+    if size is None:
+        size = _opened(container.data, kind, index, max_pixels).size
+    _refuse_large(size, index, max_pixels)
+    return size[::-1] if orientation_of(container.exif) in _ON_ITS_SIDE else size
+
+
 def _decoded_jpeg(
     container: Container, index: int, max_pixels: int, enough: Enough | None
 ) -> DecodedImage | None:

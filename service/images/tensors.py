@@ -55,6 +55,18 @@ def read_npy(data: bytes, *, max_elements: int) -> npt.NDArray[np.float32]:
     return tensor
 
 
+def npy_shape(data: bytes) -> tuple[int, ...]:
+    """The shape of a `.npy` file's tensor, [n, c, h, w]: that of the bytes that are there.
+
+    Raises:
+        MalformedBody, UnsupportedMedia: as for `read_npy`.
+    """
+    shape, _, dtype, start = _header(data)
+    _check_dtype(dtype)
+    _check_shape(shape, len(data) - start, len(data))
+    return shape
+
+
 def _check_dtype(dtype: np.dtype[Any]) -> None:
     if dtype.kind not in "biufc" or dtype.shape:
         raise MalformedBody("the tensor is not an array of numbers")

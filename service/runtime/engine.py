@@ -28,6 +28,7 @@ from service.runtime.hub_models import is_hub_model, with_architecture
 from service.runtime.intake import Batch, ByteBatch, Intake, Limits
 from service.runtime.model import NECK_PREFIX, LoadedModel, LoadedNeck, Weights, network_id
 from service.runtime.networks import Networks
+from service.runtime.pixels import count_pixels
 from service.runtime.plan import (
     SIZE_ERRORS,
     SIZE_POINTER,
@@ -102,11 +103,15 @@ class Engine:
 
     # --- features -------------------------------------------------------------------------------
 
-    async def prepare(self, query: FeatureQuery, extra: str = "") -> Prepared:
+    async def prepare(
+        self, query: FeatureQuery, extra: str = "", on_new: Callable[[], None] = lambda: None
+    ) -> Prepared:
         """Resolve a query: config, preprocessing, weights, images to fetch. Nothing is decoded, loaded or computed.
 
         Args:
             extra: whatever else decides the bytes of the reply; it goes into the fingerprint.
+            on_new: called before a config is resolved for the first time, and where its model has to be loaded;
+                what it raises ends the request.
         """
         refuse_emulated(query.precision, self.precisions, self.device)
         urls = self._image_urls(query)
@@ -114,13 +119,15 @@ class Engine:
         plan = self._known(query)
         if plan is None:
             async with until(deadline, _not_resolved):
-                plan = await self.plan(query.backbone, query.neck, query.preprocess)
+                plan = await self.plan(query.backbone, query.neck, query.preprocess, on_new=on_new)
         with named_in_errors(_name(query.backbone)):
             spec = plan.spec
         weights = await self._found(plan.weights, plan.type, deadline)
         neck_type = plan.type if plan.neck is None else plan.neck.type
         neck_weights = await self._found(_neck_ref(plan), neck_type, deadline)
         identity = network_id(plan.key, weights)
+        if not self.networks.holds(identity):
+            on_new()
         fetch_began = time.perf_counter()
         if urls:
             query = await self._with_images(query, urls, deadline)
@@ -159,8 +166,18 @@ class Engine:
             return None
         return self.planner.known(query.backbone, query.neck, query.preprocess)
 
-    async def plan(self, backbone: Any, neck: Any = None, preprocess: Any = None) -> Plan:
+    async def plan(
+        self,
+        backbone: Any,
+        neck: Any = None,
+        preprocess: Any = None,
+        *,
+        on_new: Callable[[], None] = lambda: None,
+    ) -> Plan:
         """A config, or the name of one, resolved.
+
+        Args:
+            on_new: called if it was not resolved before.
 
         Raises:
             UnknownBackbone, UnknownConfig, InvalidConfig: what is wrong and where.
@@ -175,6 +192,7 @@ class Engine:
             known = self.planner.known(backbone, neck, preprocess)
             if known is not None:
                 return known
+            on_new()
             return await self.planning(self.planner.plan, backbone, neck, preprocess)
 
     async def planning(self, function: Callable[P, T], *arguments: P.args, **keywords: P.kwargs) -> T:
@@ -244,6 +262,17 @@ class Engine:
             clock.note("queue", done.queue_s)
             clock.note("forward", done.forward_s)
             return done, model_info(prepared, model, neck)
+
+    async def pixels(self, prepared: Prepared) -> int:
+        """What a query has to be computed, as its headers say; nothing is decoded.
+
+        Raises:
+            UndecodableImage, UnsupportedMedia, TooLarge, MalformedBody: what is wrong with it.
+        """
+        query, limit = prepared.query, self.settings.max_pixels
+        if query.bytes <= MAX_DIGESTED_AT_ONCE:
+            return count_pixels(query, prepared.spec, limit)
+        return await on_thread(self._codecs, count_pixels, query, prepared.spec, limit)
 
     async def encode(self, encode: Callable[[], T]) -> T:
         """Run an encoder off the event loop."""
@@ -322,10 +351,15 @@ class Engine:
     # --- models ---------------------------------------------------------------------------------
 
     async def load(
-        self, backbone: Any, neck: Any = None, preprocess: Any = None
+        self,
+        backbone: Any,
+        neck: Any = None,
+        preprocess: Any = None,
+        on_new: Callable[[], None] = lambda: None,
     ) -> tuple[dict[str, Any], bool]:
         """Load what a config builds and run it once; its entry of `GET /models`, and whether it is new."""
-        prepared = await self.prepare(FeatureQuery(backbone, neck=neck, preprocess=preprocess))
+        query = FeatureQuery(backbone, neck=neck, preprocess=preprocess)
+        prepared = await self.prepare(query, on_new=on_new)
         fresh = not self.networks.holds(prepared.model_id)
         batch = Batch.blank(
             prepared.plan.description.in_channels, prepared.spec.size or prepared.plan.input_size
