@@ -11,9 +11,10 @@ import contextlib
 import logging
 import re
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 
 from starlette.responses import Response
 from starlette.routing import compile_path
@@ -91,12 +92,14 @@ def methods_of(path: str) -> list[str]:
 class Visitor:
     """Who sent a request, and what it takes of their quotas.
 
-    `name` is that of their key, None for who has none.
+    Args:
+        name: that of their key, None for who has none.
+        account: finds their account. A stranger's may have been forgotten and opened again since the request began.
     """
 
     __slots__ = ("_account", "_has_new_model", "_metrics", "name")
 
-    def __init__(self, name: str | None, account: Account, metrics: Metrics) -> None:
+    def __init__(self, name: str | None, account: Callable[[], Account], metrics: Metrics) -> None:
         self.name = name
         self._account = account
         self._metrics = metrics
@@ -132,16 +135,18 @@ class Visitor:
     @property
     def counts_pixels(self) -> bool:
         """Whether there is a quota of megapixels."""
-        return self._account.has("megapixels")
+        return self._account().has("megapixels")
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """What a reply says of the quotas; nothing where there are none."""
-        policy = self._account.policy
-        return [(b"ratelimit-policy", policy), (b"ratelimit", self._account.left())] if policy else []
+        account = self._account()
+        if not account.policy:
+            return []
+        return [(b"ratelimit-policy", account.policy), (b"ratelimit", account.left())]
 
     def _take(self, quota: str, amount: float) -> None:
         try:
-            self._account.take(quota, amount)
+            self._account().take(quota, amount)
         except QuotaExceeded:
             self._metrics.access_refused.labels(quota).inc()
             raise
@@ -244,9 +249,10 @@ class Access:
         if who is Who.OPERATORS and not self._is_for_one:
             self._check_operator(holder)
         if holder is None:
-            account = self._accounts.of_address(scope["client"][0] if scope.get("client") else "")
-            return Visitor(None, account, self._metrics)
-        return Visitor(holder.name, self._accounts.of_holder(holder), self._metrics)
+            address = scope["client"][0] if scope.get("client") else ""
+            return Visitor(None, partial(self._accounts.of_address, address), self._metrics)
+        account = self._accounts.of_holder(holder)
+        return Visitor(holder.name, lambda: account, self._metrics)
 
     def _holder(self, scope: Scope, *, needs_key: bool) -> Holder | None:
         """Whose key was sent. Where none is needed, one that is nobody's is as good as none."""
