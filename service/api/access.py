@@ -165,14 +165,10 @@ class Access:
         self._readings: set[asyncio.Task[None]] = set()
         self._one_reading = asyncio.Lock()
         self._accounts = Accounts(settings.quotas)
-        holders = self._read_keys()
-        roles = {holder.is_operator for holder in holders.values()}
-        self.needs_key = False in roles
-        if not (self.needs_key or settings.may_be_anonymous):
-            raise BadKeys(f"{settings.host} is no loopback address, and there is no key for clients")
+        self._clients_need_key = not settings.may_be_anonymous
+        self._use(holders := self._read_keys())
         # Without any key only who is at this machine can be asking: a developer.
-        self._is_for_one = not roles and is_loopback(settings.host) and not settings.allow_anonymous
-        self._use(holders)
+        self._is_for_one = not holders and is_loopback(settings.host) and not settings.allow_anonymous
 
     # --- keys -----------------------------------------------------------------------------------
 
@@ -180,17 +176,27 @@ class Access:
         holders: dict[bytes, Holder] = {}
         for field, is_operator in (("api_keys", False), ("admin_keys", True)):
             try:
-                _add(holders, dict(keys_of_setting(getattr(self._settings, field), is_operator=is_operator)))
+                holders.update(keys_of_setting(getattr(self._settings, field), is_operator=is_operator))
             except BadKeys as error:
                 raise BadKeys(f"BACKBONE_{field.upper()}: {error}") from error
         if self._settings.keys_file is not None:
             try:
-                _add(holders, read_keys_file(self._settings.keys_file))
+                of_file = read_keys_file(self._settings.keys_file)
+                if holders.keys() & of_file.keys():
+                    raise BadKeys("a key of it is one of the settings' too")
             except BadKeys as error:
                 raise BadKeys(f"BACKBONE_KEYS_FILE: {error}") from error
+            holders.update(of_file)
         return holders
 
     def _use(self, holders: dict[bytes, Holder]) -> None:
+        """Go by these keys from now on. Once clients need a key they always do, whatever becomes of a file."""
+        are_clients = bool(self._settings.api_keys) or not all(
+            holder.is_operator for holder in holders.values()
+        )
+        if self._clients_need_key and not are_clients:
+            raise BadKeys("BACKBONE_KEYS_FILE: has no key for clients")
+        self._clients_need_key = are_clients
         self._has_operators = any(holder.is_operator for holder in holders.values())
         self._accounts.know(holders.values())
         self._keyring = Keyring(holders)
@@ -218,12 +224,10 @@ class Access:
         async with self._one_reading:
             try:
                 holders = await asyncio.to_thread(self._read_keys)
-                if self.needs_key and all(holder.is_operator for holder in holders.values()):
-                    raise BadKeys("no key for clients would be left")
+                self._use(holders)
             except BadKeys as error:
                 log.error("the keys stay as they were: %s", error)
                 return
-            self._use(holders)
             log.info("the keys were read again: there are %d", len(holders))
 
     # --- decisions ------------------------------------------------------------------------------
@@ -234,7 +238,9 @@ class Access:
 
     def asks_for_key(self, who: Who) -> bool:
         """Whether nobody gets anywhere without a key."""
-        return self.needs_key or (who is Who.OPERATORS and self._has_operators)
+        if who is Who.OPERATORS:
+            return self._clients_need_key or self._has_operators
+        return self._clients_need_key or who is Who.SCRAPERS
 
     def admit(self, scope: Scope, who: Who) -> Visitor | None:
         """Who sent a request, if they may; None where it does not matter.
@@ -279,12 +285,6 @@ class Access:
     def _refused(self, reason: str, error: ServiceError) -> ServiceError:
         self._metrics.access_refused.labels(reason).inc()
         return error
-
-
-def _add(holders: dict[bytes, Holder], more: Mapping[bytes, Holder]) -> None:
-    if holders.keys() & more.keys():
-        raise BadKeys("one of the keys is in another place too")
-    holders.update(more)
 
 
 def _sent_keys(scope: Scope) -> list[bytes]:

@@ -381,7 +381,8 @@ METRICS_REPLY: Responses = {
     200: {
         "description": "Prometheus' text format, version 0.0.4.",
         "content": {"text/plain": {"schema": {"type": "string"}, "example": "backbone_models 1.0\n"}},
-    }
+    },
+    **problems(*WHO),
 }
 VERSION_REPLY: Responses = {200: json_content("Versions.", VERSION_EXAMPLE), **problems(*WHO)}
 FEATURES_REPLY: Responses = {
@@ -390,6 +391,10 @@ FEATURES_REPLY: Responses = {
         "headers": {
             "ETag": {"schema": {"type": "string"}, "description": "send it as If-None-Match"},
             "X-Model-ID": {"schema": {"type": "string"}},
+            "RateLimit": {
+                "schema": {"type": "string"},
+                "description": "what is left of this client's quotas, if it has any; RateLimit-Policy has them",
+            },
             "Server-Timing": {"schema": {"type": "string"}, "description": "milliseconds by stage"},
             "Content-Encoding": {
                 "schema": {"type": "string", "enum": ["zstd", "gzip"]},

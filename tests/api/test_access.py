@@ -10,7 +10,9 @@ from urllib.parse import quote
 import httpx
 import pytest
 from fastapi.routing import iter_route_contexts
-from starlette.routing import Mount
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.routing import Mount, compile_path
 
 from service.api.access import DECISIONS, Who, rule_for
 from service.api.app import create_app
@@ -47,6 +49,9 @@ def routes() -> list[tuple[str, str]]:
     return found
 
 
+PATTERNS = [(path, method, compile_path(path)[0]) for path, method in routes()]
+
+
 def address(path: str) -> str:
     """A path with something in the place of each parameter."""
     return re.sub(r"{[^}]+}", "x", path)
@@ -76,6 +81,36 @@ def test_a_route_is_found_in_the_table_by_its_addresses(path: str, method: str) 
     rule = rule_for(address(path), method)
     assert rule is not None
     assert rule.path == path
+
+
+SEGMENTS = [
+    "models",
+    "healthz",
+    "docs",
+    "assets",
+    "configs",
+    "backbones",
+    "inspect",
+    "features",
+    "..",
+    "",
+    "x",
+    "%",
+    "{id}",
+]
+
+
+@given(
+    st.lists(st.sampled_from(SEGMENTS) | st.text(max_size=3), max_size=5),
+    st.sampled_from(["GET", "POST", "DELETE", "PUT"]),
+)
+def test_whatever_is_asked_for_the_table_says_no_other_route_than_the_router(
+    segments: list[str], method: str
+) -> None:
+    path = "/" + "/".join(segments)
+    rule = rule_for(path, method)
+    matching = [(found, pattern) for found, its, pattern in PATTERNS if its == method and pattern.match(path)]
+    assert rule is None or (matching and matching[0][0] == rule.path)
 
 
 def test_a_route_without_a_decision_is_not_served_to_anyone(serve: Serve) -> None:
@@ -129,6 +164,16 @@ def test_metrics_may_be_for_holders_of_keys_only(serve: Serve) -> None:
     assert_problem(service.http.get("/metrics"), 401, "unauthenticated")
     assert service.http.get("/metrics", headers=bearer(CLIENT)).status_code == 200
     assert service.http.get("/healthz").status_code == 200
+
+
+@pytest.mark.parametrize("settings", [{}, {"admin_keys": OPERATOR}])
+def test_metrics_that_need_a_key_are_closed_where_clients_have_none(
+    serve: Serve, settings: dict[str, object]
+) -> None:
+    service = serve(metrics_need_key=True, **settings)
+    assert service.http.get("/models").status_code == 200
+    assert_problem(service.http.get("/metrics"), 401, "unauthenticated")
+    assert service.http.get("/metrics", headers=bearer(OPERATOR)).status_code == (200 if settings else 403)
 
 
 # --- around the table ---------------------------------------------------------------------------

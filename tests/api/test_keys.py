@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from service.api.access import Who
 from service.api.app import create_app
 from service.api.keys import BadKeys, Holder, keys_of_setting, make_key, parse_keys, written_hash
 from service.settings import Settings
@@ -130,8 +131,8 @@ def test_settings_do_not_show_their_keys() -> None:
         ("", [], {}, "has no key in it"),
         (f"alice {ALICE}", [], {}, "line 1"),
         ("\x00" * (2**20 + 1), [], {}, "exceeds 1,048,576 bytes"),
-        (line("alice", ALICE), [], {"BACKBONE_API_KEYS": ALICE}, "in another place too"),
-        (line("root", ROOT_KEY, "admin"), ["--host", "0.0.0.0"], {}, "there is no key for clients"),
+        (line("alice", ALICE), [], {"BACKBONE_API_KEYS": ALICE}, "a key of it is one of the settings' too"),
+        (line("root", ROOT_KEY, "admin"), ["--host", "0.0.0.0"], {}, "has no key for clients"),
     ],
     ids=["missing", "empty", "plain", "huge", "twice", "only operators"],
 )
@@ -152,7 +153,14 @@ def test_a_keys_file_that_cannot_be_used_ends_the_start_with_one_line(
 def test_a_file_of_keys_lets_the_service_listen_to_others(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text(line("alice", ALICE))
-    assert create_app(Settings(host="0.0.0.0", keys_file=path)).state.access.needs_key
+    access = create_app(Settings(host="0.0.0.0", keys_file=path)).state.access
+    assert access.asks_for_key(Who.CLIENTS)
+
+
+def test_a_key_that_is_in_both_settings_is_an_operators_and_clients_need_one(serve: Serve) -> None:
+    service = serve(api_keys=ALICE, admin_keys=ALICE)
+    assert service.http.get("/models").status_code == 401
+    assert service.http.delete("/models/x", headers={"X-API-Key": ALICE}).status_code == 404
 
 
 # --- the command --------------------------------------------------------------------------------
@@ -225,7 +233,7 @@ def test_keys_that_cannot_be_used_change_nothing_and_are_logged_without_them(
     stay = "the keys stay as they were: BACKBONE_KEYS_FILE: "
     file.exchange(line("bob", BOB) + f"alice {ALICE}\n", stay + "line 2")
     file.exchange("", stay + "has no key in it")
-    file.exchange(line("root", ROOT_KEY, "admin"), "no key for clients would be left")
+    file.exchange(line("root", ROOT_KEY, "admin"), stay + "has no key for clients")
     os.remove(tmp_path / "keys")
     file.process.signal(signal.SIGHUP)
     file.process.wait_for_line(stay + "cannot be read")
@@ -233,6 +241,20 @@ def test_keys_that_cannot_be_used_change_nothing_and_are_logged_without_them(
     log = "".join(file.process.lines)
     assert not any(key in log or written_hash(key) in log for key in (ALICE, BOB, ROOT_KEY))
     assert "may read the keys file" not in log
+
+
+def test_a_service_that_was_open_to_clients_is_closed_by_the_first_key_for_them(
+    tmp_path: Path, start: Start
+) -> None:
+    path = tmp_path / "keys"
+    path.write_text(line("root", ROOT_KEY, "admin"))
+    process = start(BACKBONE_KEYS_FILE=str(path))
+    assert process.http.put("/version").status_code == 405
+    path.write_text(line("root", ROOT_KEY, "admin") + line("alice", ALICE))
+    process.signal(signal.SIGHUP)
+    process.wait_for_line("the keys were read again: there are 2")
+    assert process.http.put("/version").status_code == 401
+    assert asked(process.http, ALICE) == 405
 
 
 def test_a_file_that_everybody_may_read_is_warned_of(
