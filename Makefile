@@ -23,11 +23,12 @@ serve: $(STAMP)  ## serve on http://127.0.0.1:8000 (settings: backbone-service s
 test: $(STAMP)  ## run the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(STAMP)  ## format, rules, types, and the directions of imports
+lint: $(STAMP)  ## format, rules, types, the directions of imports, the image
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
 
 format: $(STAMP)  ## put the code into its format
 	$(BIN)/ruff format .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import http.client
 import logging
 import os
 import sys
@@ -23,6 +24,9 @@ QUOTA_UNITS = {
     "megapixels": "megapixels",
     "new_models": "configs and models that are not known yet",
 }
+HEALTH_TIMEOUT_S = 3.0
+HEALTH_REPLY_BYTES = 4096
+EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104  # compared, not bound to
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,6 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {service_version()}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_serve(commands)
+    _add_health(commands)
     _add_inspect(commands)
     _add_convert(commands)
     _add_key(commands)
@@ -148,6 +153,47 @@ def _warn(settings: Settings) -> None:
     for variable in sorted(name for name in os.environ if name.startswith("BACKBONE_")):
         if variable.upper() not in known:
             log.warning("%s is no setting and does nothing", variable)
+
+
+# --- health -------------------------------------------------------------------------------------
+
+
+def _add_health(commands: Any) -> None:
+    health = commands.add_parser(
+        "health",
+        help="ask a running service whether it is alive",
+        description="Exit with 0 if the service of this machine answers that it is alive, else with 1 and the reason: "
+        "for a container's health check, where there is no curl.",
+    )
+    health.add_argument("--ready", action="store_true", help="ask whether it may be sent requests instead")
+    health.add_argument(
+        "--port",
+        type=int,
+        default=os.environ.get("BACKBONE_PORT", str(Settings.model_fields["port"].default)),
+        help="port that it listens on (default: BACKBONE_PORT, else 8000)",
+    )
+    health.set_defaults(run=_health)
+
+
+def _health(options: argparse.Namespace) -> int:
+    path = "/readyz" if options.ready else "/healthz"
+    connection = http.client.HTTPConnection(_probed_host(), options.port, timeout=HEALTH_TIMEOUT_S)
+    try:
+        connection.request("GET", path)
+        reply = connection.getresponse()
+        answer = reply.read(HEALTH_REPLY_BYTES).decode(errors="replace")
+    except (OSError, http.client.HTTPException) as error:
+        return _fail(f"{path}: no answer ({error})", 1)
+    finally:
+        connection.close()
+    print(answer)
+    return 0 if reply.status == http.HTTPStatus.OK else 1
+
+
+def _probed_host() -> str:
+    """Where a service of this machine is asked: an address that stands for all of them cannot be connected to."""
+    host = os.environ.get("BACKBONE_HOST", str(Settings.model_fields["host"].default))
+    return EVERY_ADDRESS.get(host, host)
 
 
 # --- inspect ------------------------------------------------------------------------------------

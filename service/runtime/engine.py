@@ -80,7 +80,7 @@ class Engine:
         self.precisions = ALL if settings.emulate_precision else native_precisions(self.device)
         self.planner = Planner(backbone_registry(), neck_registry(), ConfigCatalogue(settings.config_dir))
         self.store = _checkpoint_store(settings)
-        self._codecs = ThreadPoolExecutor(settings.decode_threads or os.cpu_count() or 1, "codec")
+        self._codecs = ThreadPoolExecutor(settings.decode_threads or available_cores(), "codec")
         self._plans = ThreadPoolExecutor(2, "planner")
         self._fetches = ThreadPoolExecutor(4, "fetch")
         self.checkpoints = Fetches(self.store, self._fetches)
