@@ -23,12 +23,13 @@ serve: $(STAMP)  ## serve on http://127.0.0.1:8000 (settings: backbone-service s
 test: $(STAMP)  ## run the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(STAMP)  ## format, rules, types, the directions of imports, the image
+lint: $(STAMP)  ## format, rules, types, the directions of imports, the image, the manifests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
+	$(BIN)/python -m tests.deploy.kustomize
 
 format: $(STAMP)  ## put the code into its format
 	$(BIN)/ruff format .
