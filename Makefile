@@ -1,11 +1,12 @@
 # Every target does its own set-up: the virtual environment is made once and again when the pins change.
 PYTHON ?= python3
 VENV ?= .venv
+VARIANT ?= cpu
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format bench soak fuzz engines tables docs
+.PHONY: help serve test lint format bench soak fuzz engines tables docs image image-test
 
 help:  ## say what each target does
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -28,7 +29,7 @@ lint: $(STAMP)  ## format, rules, types, the directions of imports, the image, t
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/hadolint Dockerfile
+	$(BIN)/hadolint Dockerfile tests/image/gateway.Dockerfile
 	$(BIN)/python -m tests.deploy.kustomize
 
 format: $(STAMP)  ## put the code into its format
@@ -52,3 +53,9 @@ tables: $(STAMP)  ## measure every shipped architecture again (about ten minutes
 
 docs: $(STAMP)  ## write docs/backbones.md; ARGS=--measure computes every parity pack again (minutes)
 	$(BIN)/python -m tests.parity.document $(ARGS)
+
+image:  ## build the image with docker; VARIANT=cuda for a GPU
+	docker build --build-arg VARIANT=$(VARIANT) --build-arg BUILD=$(shell git rev-parse --short HEAD) --tag backbone-service:$(VARIANT) .
+
+image-test: $(STAMP)  ## build the image, start it behind the gateway and try it, with podman
+	$(BIN)/python -m tests.image

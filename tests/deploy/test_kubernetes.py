@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import shutil
 import subprocess
 from pathlib import Path
@@ -19,6 +20,7 @@ from tests.docs.test_documented import routes
 OVERLAYS = [path for path in roots() if path.parent.name == "overlays"]
 DRAIN_MARGIN_S = 5
 LONGEST_START_S = 60
+ROUTES = routes()  # before any test sets variables of the service
 
 
 def ids(path: Path) -> str:
@@ -105,7 +107,7 @@ def test_probes_ask_routes_that_there_are(container: Manifest, settings: Setting
     assert {("GET", probe["path"]) for probe in probes} == {
         ("GET", "/healthz"),
         ("GET", "/readyz"),
-    } & routes()
+    } & ROUTES
     [port] = container["ports"]
     assert {probe["port"] for probe in probes} == {port["name"]}
     assert port["containerPort"] == settings.port
@@ -123,6 +125,13 @@ def test_every_variable_is_a_setting_that_the_service_takes(
     assert given <= {f"BACKBONE_{name.upper()}" for name in Settings.model_fields}
     assert settings.api_keys
     assert not settings.allow_anonymous
+
+
+def test_the_service_of_the_same_name_sets_no_variables(
+    manifests: dict[str, Manifest], pod: Manifest
+) -> None:
+    assert manifests["Service"]["metadata"]["name"] == "backbone"  # whose links would begin with BACKBONE_
+    assert pod["enableServiceLinks"] is False
 
 
 def test_a_pod_keeps_to_the_restricted_standard(pod: Manifest, container: Manifest) -> None:
@@ -172,6 +181,18 @@ def test_no_way_out_but_names(manifests: dict[str, Manifest]) -> None:
     ports = {port["port"] for rule in policy["egress"] for port in rule["ports"]}
     assert ports == {53}
     assert all("to" in rule for rule in policy["egress"])
+
+
+@pytest.mark.parametrize(
+    "address", ["10.1.2.3", "100.64.0.1", "127.0.0.1", "169.254.169.254", "172.20.0.1", "192.168.1.1"]
+)
+def test_downloads_come_from_public_addresses_over_https_only(address: str) -> None:
+    [policy] = rendered(KUBERNETES / "components" / "downloads")
+    [rule] = policy["spec"]["egress"]
+    assert [port["port"] for port in rule["ports"]] == [443]
+    for peer in rule["to"]:
+        kept_out = [ipaddress.ip_network(cidr) for cidr in peer["ipBlock"]["except"]]
+        assert any(ipaddress.ip_address(address) in network for network in kept_out)
 
 
 def test_the_way_in_is_the_services_port(manifests: dict[str, Manifest], settings: Settings) -> None:
