@@ -49,8 +49,8 @@ def container(pod: Manifest) -> Manifest:
 
 @pytest.fixture
 def environment(manifests: dict[str, Manifest], container: Manifest) -> dict[str, str]:
-    """The variables of a replica, the image's own among them; a secret is `secret`."""
-    given = {entry["name"]: entry.get("value", "a-secret-of-the-operator") for entry in container["env"]}
+    """The variables of a replica, the image's own among them."""
+    given = {entry["name"]: entry["value"] for entry in container.get("env", [])}
     return environment_of_the_image() | manifests["ConfigMap"]["data"] | given
 
 
@@ -121,9 +121,9 @@ def test_a_start_is_given_up_after_the_time_that_it_may_take(container: Manifest
 def test_every_variable_is_a_setting_that_the_service_takes(
     manifests: dict[str, Manifest], container: Manifest, settings: Settings
 ) -> None:
-    given = set(manifests["ConfigMap"]["data"]) | {entry["name"] for entry in container["env"]}
+    given = set(manifests["ConfigMap"]["data"]) | {entry["name"] for entry in container.get("env", [])}
     assert given <= {f"BACKBONE_{name.upper()}" for name in Settings.model_fields}
-    assert settings.api_keys
+    assert settings.keys_file
     assert not settings.allow_anonymous
 
 
@@ -232,10 +232,13 @@ def test_a_gpu_is_asked_for_by_the_overlay_for_cuda_alone() -> None:
     assert "nvidia.com/gpu" not in limits("cpu")
 
 
-def test_the_readme_makes_the_secret_that_the_pods_read(container: Manifest) -> None:
-    readme = (ROOT / "README.md").read_text()
-    for entry in container["env"]:
-        if "valueFrom" in entry:
-            reference = entry["valueFrom"]["secretKeyRef"]
-            assert f"create secret generic {reference['name']}" in readme
-            assert reference["key"] in readme
+def test_the_readme_makes_the_secret_that_the_pods_read(pod: Manifest, settings: Settings) -> None:
+    [secret] = [volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume]
+    assert settings.keys_file
+    command = f"kubectl create secret generic {secret} --from-file={settings.keys_file.name}"
+    assert command in (ROOT / "README.md").read_text()
+
+
+def test_nobody_else_may_read_the_keys(pod: Manifest) -> None:
+    [mode] = [volume["secret"]["defaultMode"] for volume in pod["volumes"] if "secret" in volume]
+    assert not mode & 0o007
