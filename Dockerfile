@@ -6,8 +6,8 @@
 #   COMPILER=gcc     a C++ compiler, for models compiled on CUDA; without one they stay on torch
 #
 # A tag may move. For a build that can be repeated, give the base with its digest:
-#   --build-arg BASE_IMAGE=docker.io/library/python:3.12.12-slim-bookworm@sha256:...
-ARG BASE_IMAGE=docker.io/library/python:3.12.12-slim-bookworm
+#   --build-arg BASE_IMAGE=python:3.12.12-slim-bookworm@sha256:...
+ARG BASE_IMAGE=python:3.12.12-slim-bookworm
 ARG VARIANT=cpu
 
 # hadolint ignore=DL3006
