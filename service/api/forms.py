@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from service.errors import MalformedBody
+from service.errors import MalformedBody, TooLarge
 
 MAX_BLANKS = 256
 
@@ -38,7 +38,8 @@ def parse_form(body: bytes, boundary: bytes, limits: FormLimits) -> list[FormPar
     """The parts of a form in their order. Bytes of files are copied once.
 
     Raises:
-        MalformedBody: not such a form, or beyond a limit.
+        MalformedBody: not such a form.
+        TooLarge: more parts than the limits let through, or a text that is longer.
     """
     _refuse_slow(body, b"--" + boundary, limits)
     reader = _Reader(limits)
@@ -58,7 +59,7 @@ def _refuse_slow(body: bytes, delimiter: bytes, limits: FormLimits) -> None:
         after = at + len(delimiter)
         left -= 1
         if left < 0:
-            raise _unreadable("Too many parts.")
+            raise TooLarge(f"more than {limits.max_files + limits.max_texts:,} parts in one form")
         if body[after : after + MAX_BLANKS].isspace() and len(body) - after >= MAX_BLANKS:
             raise _unreadable(f"More than {MAX_BLANKS} blanks behind a boundary.")
         at = body.find(delimiter, after)
@@ -113,14 +114,14 @@ class _Reader:
         self._files += self._is_file
         self._texts += not self._is_file
         if self._files > self._limits.max_files:
-            raise _unreadable(f"Too many files. Maximum number of files is {self._limits.max_files}.")
+            raise TooLarge(f"more than {self._limits.max_files:,} files in one form")
         if self._texts > self._limits.max_texts:
-            raise _unreadable(f"Too many fields. Maximum number of fields is {self._limits.max_texts}.")
+            raise TooLarge(f"more than {self._limits.max_texts} texts in one form")
 
     def _data(self, data: bytes, start: int, end: int) -> None:
         self._size += end - start
         if not self._is_file and self._size > self._limits.max_text_bytes:
-            raise _unreadable(f"Part exceeded maximum size of {self._limits.max_text_bytes // 1024}KB.")
+            raise TooLarge(f"a text of the form exceeds {self._limits.max_text_bytes:,} bytes")
         self._pieces.append(data[start:end])
 
     def _part_end(self) -> None:

@@ -19,13 +19,14 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from service.errors import Fault, InvalidConfig, MalformedBody
+from service.errors import Fault, InvalidConfig, MalformedBody, TooLarge
 from service.validation import invalid, pointer_to
 
 MAX_DEPTH = 32
 MAX_VALUES = 10_000
 MAX_LIST_ITEMS = 1024
 MAX_NAME_CHARS = 256
+MAX_CONFIG_CHARS = 256 * 1024
 MAX_URL_CHARS = 2048
 
 
@@ -36,7 +37,8 @@ def read_json(data: bytes | str, *, pointer: str = "#") -> object:
     """A JSON document of at most 10,000 values, 32 levels and 1,024 items a list (`images` apart).
 
     Takes milliseconds for any input that a body limit lets through: the marks between values are counted
-    before anything is parsed, so a hostile body is never made into objects. Strings may be of any length.
+    before anything is parsed, so a hostile body is never made into objects. Texts and keys may have 262,144
+    characters together; those of `images` are the body's limit to count.
 
     Args:
         data: UTF-8 text; its size is the caller's to limit.
@@ -45,6 +47,7 @@ def read_json(data: bytes | str, *, pointer: str = "#") -> object:
     Raises:
         MalformedBody: not JSON, or too many values.
         InvalidConfig: nested too deep or a list too long, with the place.
+        TooLarge: too much text.
     """
     if _marks(data) > 2 * MAX_VALUES:
         raise _malformed(pointer, f"the JSON has more than {MAX_VALUES} values")
@@ -74,18 +77,28 @@ def _malformed(pointer: str, detail: str) -> MalformedBody:
 
 def _check_bounds(document: object, pointer: str) -> None:
     """Walk a document without recursion; every value is looked at once."""
-    values = 0
+    values = chars = 0
     pending: list[tuple[str, int, object]] = [(pointer, 1, document)]
     while pending:
         place, depth, value = pending.pop()
         values += 1
         if values > MAX_VALUES:
             raise _malformed(pointer, f"the JSON has more than {MAX_VALUES} values")
+        chars += 0 if place.startswith(f"{pointer}/images/") else _chars(value)
+        if chars > MAX_CONFIG_CHARS:
+            raise TooLarge(f"{pointer}: more than {MAX_CONFIG_CHARS:,} characters of text")
         if isinstance(value, float) and not math.isfinite(value):
             raise InvalidConfig(place, "a number is too large")
         if isinstance(value, dict | list):
             _check_container(value, place, depth, is_images=place == f"{pointer}/images")
             pending.extend((pointer_to(place, key), depth + 1, item) for key, item in _items(value))
+
+
+def _chars(value: object) -> int:
+    """The characters of a text, or of the keys of an object."""
+    if isinstance(value, str):
+        return len(value)
+    return sum(map(len, value)) if isinstance(value, dict) else 0
 
 
 def _check_container(
