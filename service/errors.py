@@ -40,6 +40,18 @@ class MalformedBody(ServiceError):
     title = "The body cannot be read"
 
 
+class MalformedRequest(ServiceError):
+    """What came is no HTTP request."""
+
+    title = "The request cannot be read"
+
+
+class SlowRequest(ServiceError):
+    """The client takes too long to send its request."""
+
+    title = "The request came too slowly"
+
+
 class UndecodableImage(ServiceError):
     """An image is empty, truncated or corrupt."""
 
@@ -156,6 +168,18 @@ class TooLarge(ServiceError):
     title = "Over a limit"
 
 
+class TargetTooLong(TooLarge):
+    """The path and query of a request over their limit."""
+
+    title = "The address is too long"
+
+
+class HeadersTooLarge(TooLarge):
+    """The headers of a request over their limit."""
+
+    title = "The headers are too large"
+
+
 # --- who asks -----------------------------------------------------------------------------------
 
 
@@ -214,6 +238,12 @@ class QueueFull(Unavailable):
     """The queue of the device is full."""
 
     title = "The queue is full"
+
+
+class ServiceBusy(Unavailable):
+    """Connections or bodies take all that the service has for them."""
+
+    title = "The service is busy"
 
 
 class ModelLoading(Unavailable):

@@ -26,6 +26,17 @@ class Metrics:
         self.in_flight = Gauge(
             "backbone_in_flight_requests", "Requests being answered.", registry=self.registry
         )
+        self.connections = Gauge("backbone_connections", "Open connections.", registry=self.registry)
+        self.dropped_connections = Counter(
+            "backbone_dropped_connections",
+            "Connections closed without a reply or in the middle of one, by reason: no request, slow reader, "
+            "unread body, too many connections.",
+            ["reason"],
+            registry=self.registry,
+        )
+        self.body_bytes = Gauge(
+            "backbone_body_bytes", "Bytes of request bodies in memory.", registry=self.registry
+        )
         self.stage_seconds = Histogram(
             "backbone_stage_seconds",
             "Time of each stage of /features: load, decode, queue, forward, encode.",

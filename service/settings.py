@@ -118,6 +118,20 @@ class Settings(BaseSettings):
     )
     warm: Names = Field((), description="named configs to load before /readyz says yes, comma separated")
     max_body_bytes: int = Field(20_000_000, ge=1, description="largest request body")
+    body_budget: int = Field(
+        1_000_000_000, ge=1, description="bytes that the bodies of all requests under way may take"
+    )
+    max_connections: int = Field(1000, ge=1, description="open connections, idle ones included")
+    header_timeout: float = Field(10.0, gt=0, description="seconds for the headers of a request to come")
+    body_timeout: float = Field(
+        10.0, gt=0, description="seconds in which a body must end, or bring what the least rate asks for"
+    )
+    reply_timeout: float = Field(
+        20.0, gt=0, description="seconds in which a client must take what the least rate asks for"
+    )
+    min_rate: int = Field(
+        5000, ge=0, description="bytes a second, on average, of a body that comes or a reply that is read"
+    )
     max_pixels: int = Field(40_000_000, ge=1, description="largest image, in pixels")
     max_images: int = Field(32, ge=1, le=1024, description="images in one request")
     max_reply_bytes: int = Field(64_000_000, ge=1, description="largest reply")

@@ -15,6 +15,7 @@ import uvicorn
 from PIL import Image
 
 from service.api.app import create_app
+from service.api.server import server_config
 from service.settings import Settings
 from tests.processes import ROOT, Process, Start
 
@@ -24,8 +25,7 @@ class RunningService:
 
     def __init__(self, settings: Settings, engine: Any = None) -> None:
         self.app = create_app(settings, engine)
-        config = uvicorn.Config(self.app, port=0, log_level="warning", access_log=False, server_header=False)
-        self._server = uvicorn.Server(config)
+        self._server = uvicorn.Server(server_config(self.app, settings, "warning"))
         self._started = threading.Event()
         self._server.started_event = self._started  # type: ignore[attr-defined]  # ours, read below
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -75,6 +75,7 @@ Serve = Callable[..., RunningService]
 def settings_for(folder: Path, **given: Any) -> Settings:
     """Settings that leave nothing of the machine in."""
     defaults = {
+        "port": 0,
         "config_dir": ROOT / "model_configs",
         "checkpoint_dir": folder,
         "device": "cpu",

@@ -17,7 +17,7 @@ from service.api.access import Access, AccessMiddleware
 from service.api.compression import CompressionMiddleware
 from service.api.draining import DrainMiddleware
 from service.api.errors import on_crash, on_http_exception, on_service_error, on_validation_error
-from service.api.limits import LimitsMiddleware
+from service.api.limits import BodyLimits, LimitsMiddleware
 from service.api.middleware import ServiceMiddleware
 from service.api.openapi import TAGS, DescribedApp, operation_id
 from service.api.startup import Startup
@@ -75,7 +75,7 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     docs.mount_assets(app)
     _add_error_handlers(app)
     app.add_middleware(CompressionMiddleware)
-    app.add_middleware(LimitsMiddleware, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(LimitsMiddleware, limits=BodyLimits.of(settings), metrics=metrics)
     app.add_middleware(AccessMiddleware, access=app.state.access)
     app.add_middleware(DrainMiddleware)
     app.add_middleware(ServiceMiddleware, metrics=metrics)

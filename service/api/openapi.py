@@ -223,7 +223,7 @@ def json_content(description: str, example: Any) -> Spec:
 
 
 WHO = (401, 403, 429)
-BODY = (400, 413, 415, 422)
+BODY = (400, 408, 413, 415, 422)
 LOADING = (502, 503, 504)
 
 ROW_EXAMPLE = {

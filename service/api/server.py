@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import resource
 import signal
 import socket
 import time
@@ -12,13 +13,17 @@ from collections.abc import Iterator
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from service.api.access import Access
 from service.api.app import create_app
+from service.api.connections import SPARE_CONNECTIONS, ConnectionLimits, Connections, GuardedConfig
 from service.api.startup import Startup
 from service.errors import CannotStart
 from service.settings import Settings
 
+# Open files of a process that are no connections: libraries, checkpoints, caches, the engines' own.
+OTHER_FILES = 200
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 log = logging.getLogger("service.server")
 
@@ -72,6 +77,38 @@ class DrainingServer(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+def server_config(app: FastAPI, settings: Settings, log_level: str = "info") -> uvicorn.Config:
+    """What uvicorn is told, wherever it is started: by the command, and by tests."""
+    startup: Startup = app.state.startup
+    limits = ConnectionLimits.of(settings, allowed_connections(settings.max_connections))
+    return GuardedConfig(
+        app,
+        Connections(limits, startup.metrics),
+        host=settings.host,
+        port=settings.port,
+        log_level=log_level,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=15,
+    )
+
+
+def allowed_connections(wanted: int) -> int:
+    """As many connections as wanted, or as the system lets a process have; each takes one of its open files."""
+    needed = wanted + SPARE_CONNECTIONS + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
+    if soft != resource.RLIM_INFINITY and soft < files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    if files == needed:
+        return wanted
+    allowed = max(1, files - SPARE_CONNECTIONS - OTHER_FILES)
+    log.warning(
+        "%d connections at most instead of %d: this process may open %d files", allowed, wanted, files
+    )
+    return allowed
+
+
 def run_server(settings: Settings) -> int:
     """Serve until told to stop, or until it turns out that it cannot be started; the exit status."""
     try:
@@ -80,16 +117,7 @@ def run_server(settings: Settings) -> int:
         log.error("cannot start: %s", error)
         return 2
     startup: Startup = app.state.startup
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_level="info",
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=15,
-        h11_max_incomplete_event_size=64 * 1024,
-    )
+    config = server_config(app, settings)
     server = DrainingServer(config, startup, app.state.access, settings.drain_seconds)
     try:
         server.run()
