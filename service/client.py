@@ -234,7 +234,7 @@ class BackboneClient:
     cannot be reached. No call is repeated.
 
     Args:
-        base_url: where the service is, without a path.
+        base_url: where the service is; below a path, if a gateway serves it there.
         api_key: sent as `Authorization: Bearer`.
         timeout_s: of each call; the first one of a model includes its loading.
         compressed: ask for compressed replies; pays where the network is slower than about 1 Gbit/s.

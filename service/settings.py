@@ -19,6 +19,8 @@ LIBRARY_HOSTS = (
     "objects.githubusercontent.com",
     "release-assets.githubusercontent.com",
 )
+# No segment begins with a dot, so there is no way up; two slashes would name another host.
+PATH_PREFIX = r"(/[A-Za-z0-9_~-][A-Za-z0-9._~-]{0,63}){1,8}"
 Names = Annotated[tuple[str, ...], NoDecode]
 
 
@@ -79,6 +81,15 @@ class Settings(BaseSettings):
         None, description="file of hashed keys, one a line; read again on SIGHUP; see Keys"
     )
     allow_anonymous: bool = Field(False, description="a gateway in front of the service checks who asks")
+    root_path: str = Field(
+        "/",
+        pattern=rf"^(/|{PATH_PREFIX}/?)$",
+        description="a path such as /vision that a gateway serves it below, unless the gateway says which",
+    )
+    forwarded_allow_ips: Names = Field(
+        ("127.0.0.1", "::1"),
+        description="proxies whose X-Forwarded-For, -Proto and -Prefix are believed: addresses and networks",
+    )
     requests_per_minute: int = Field(
         0, ge=0, le=10**9, description="requests of each client in a minute; 0 is no quota"
     )
@@ -152,6 +163,7 @@ class Settings(BaseSettings):
         "image_networks",
         "api_keys",
         "admin_keys",
+        "forwarded_allow_ips",
         "warm",
         mode="before",
     )
@@ -172,6 +184,17 @@ class Settings(BaseSettings):
     @classmethod
     def _no_file(cls, value: object) -> object:
         return None if value == "" else value
+
+    @field_validator("forwarded_allow_ips")
+    @classmethod
+    def _proxy_form(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for proxy in value:
+            network = _network(proxy)
+            if network is None:
+                raise ValueError(f"{proxy!r} is neither an address nor a network such as 172.16.0.0/12")
+            if network.prefixlen == 0:
+                raise ValueError(f"{proxy} is everybody, who could then write any address into the headers")
+        return value
 
     @model_validator(mode="after")
     def _guarded(self) -> Settings:
@@ -200,6 +223,13 @@ class Settings(BaseSettings):
     def mirrors(self) -> dict[str, str]:
         """Base URLs by host."""
         return {host: url for host, _, url in (mirror.partition("=") for mirror in self.checkpoint_mirrors)}
+
+
+def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
+    try:
+        return ipaddress.ip_network("0.0.0.0/0" if text == "*" else text)
+    except ValueError:
+        return None
 
 
 def is_loopback(host: str) -> bool:

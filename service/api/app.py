@@ -17,6 +17,7 @@ from service.api.access import Access, AccessMiddleware
 from service.api.compression import CompressionMiddleware
 from service.api.draining import DrainMiddleware
 from service.api.errors import on_crash, on_http_exception, on_service_error, on_validation_error
+from service.api.forwarded import ForwardedMiddleware, PrefixMiddleware
 from service.api.limits import BodyLimits, LimitsMiddleware
 from service.api.middleware import ServiceMiddleware
 from service.api.openapi import TAGS, DescribedApp, operation_id
@@ -74,11 +75,15 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
         app.include_router(routes.router)
     docs.mount_assets(app)
     _add_error_handlers(app)
+    app.add_middleware(PrefixMiddleware)
     app.add_middleware(CompressionMiddleware)
     app.add_middleware(LimitsMiddleware, limits=BodyLimits.of(settings), metrics=metrics)
     app.add_middleware(AccessMiddleware, access=app.state.access)
     app.add_middleware(DrainMiddleware)
     app.add_middleware(ServiceMiddleware, metrics=metrics)
+    app.add_middleware(
+        ForwardedMiddleware, proxies=settings.forwarded_allow_ips, root_path=settings.root_path
+    )
     return app
 
 

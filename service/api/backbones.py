@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.api.bodies import read_json_object
+from service.api.forwarded import address
 from service.api.openapi import INSPECT_OPERATION, INSPECT_REPLY, TYPE_REPLY, TYPES_REPLY
 from service.api.reply import json_reply
 from service.api.state import engine_of, visitor_of, while_connected
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from service.runtime.engine import Engine
 
 router = APIRouter(tags=["backbones"])
+PAGES = "/backbones/"
 MAX_PAGE = 2000
 MAX_SIDE = 8192
 
@@ -39,7 +41,8 @@ async def get_backbones(
     engine = await engine_of(request)
     from service.runtime.inspect import list_types  # with torch, which the engine has imported by now
 
-    return json_reply(list_types(engine.planner, scope, search, limit, cursor))
+    pages = address(request, PAGES)
+    return json_reply(list_types(engine.planner, scope, search, limit, cursor, pages))
 
 
 @router.get(
@@ -62,7 +65,7 @@ async def get_backbone(
     engine = await engine_of(request)
     from service.runtime.inspect import type_page
 
-    return json_reply(await engine.planning(type_page, engine.planner, type))
+    return json_reply(await engine.planning(type_page, engine.planner, type, address(request, PAGES)))
 
 
 @router.post(

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Path
 from starlette.requests import Request
 from starlette.responses import Response
 
+from service.api.forwarded import address
 from service.api.openapi import CONFIG_REPLY, CONFIGS_REPLY
 from service.api.reply import json_reply
 from service.api.state import engine_of
@@ -21,7 +22,9 @@ async def get_configs(request: Request) -> Response:
     """The names that `backbone` may be instead of an object."""
     engine = await engine_of(request)
     names = await asyncio.to_thread(engine.planner.catalogue.names)
-    return json_reply({"configs": [{"name": name, "href": f"/configs/{name}"} for name in names]})
+    return json_reply(
+        {"configs": [{"name": name, "href": address(request, f"/configs/{name}")} for name in names]}
+    )
 
 
 @router.get(

@@ -11,6 +11,8 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 
+from service.api.forwarded import address
+
 router = APIRouter(include_in_schema=False)
 ASSETS = "/docs/assets"
 
@@ -18,13 +20,12 @@ ASSETS = "/docs/assets"
 @router.get("/docs")
 async def get_docs(request: Request) -> HTMLResponse:
     """The description, to read and to try."""
-    root = request.scope.get("root_path", "").rstrip("/")
     return get_swagger_ui_html(
-        openapi_url=f"{root}/openapi.json",
+        openapi_url=address(request, "/openapi.json"),
         title="backbone-service",
-        swagger_js_url=f"{root}{ASSETS}/swagger-ui-bundle.js",
-        swagger_css_url=f"{root}{ASSETS}/swagger-ui.css",
-        swagger_favicon_url=f"{root}{ASSETS}/favicon.png",
+        swagger_js_url=address(request, f"{ASSETS}/swagger-ui-bundle.js"),
+        swagger_css_url=address(request, f"{ASSETS}/swagger-ui.css"),
+        swagger_favicon_url=address(request, f"{ASSETS}/favicon.png"),
     )
 
 

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.api.bodies import read_json_object
+from service.api.forwarded import address
 from service.api.openapi import LOAD_OPERATION, LOAD_REPLY, MODELS_REPLY, UNLOAD_REPLY
 from service.api.reply import json_reply
 from service.api.state import engine_of, visitor_of
@@ -41,9 +42,8 @@ async def post_models(request: Request) -> Response:
     engine = await engine_of(request)
     on_new = visitor_of(request).take_new_model
     entry, fresh = await engine.load(body["backbone"], body.get("neck"), body.get("preprocess"), on_new)
-    return json_reply(
-        entry, 201 if fresh else 200, {"Location": f"/models/{entry['id']}", "X-Model-ID": entry["id"]}
-    )
+    location = address(request, f"/models/{entry['id']}")
+    return json_reply(entry, 201 if fresh else 200, {"Location": location, "X-Model-ID": entry["id"]})
 
 
 @router.delete(

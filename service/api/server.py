@@ -89,6 +89,7 @@ def server_config(app: FastAPI, settings: Settings, log_level: str = "info") -> 
         log_level=log_level,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # ours are read by ForwardedMiddleware, and not from whom FORWARDED_ALLOW_IPS names
         timeout_keep_alive=15,
     )
 

@@ -16,13 +16,18 @@ from service.necks.catalogue import neck_registry
 from service.runtime.plan import LevelShape, NeckPlan, Plan, Planner
 
 
-def list_types(planner: Planner, scope: str, search: str, limit: int, cursor: str) -> dict[str, Any]:
-    """One page of the types, in the order of their names; `next` is the cursor of the page after, or None."""
+def list_types(
+    planner: Planner, scope: str, search: str, limit: int, cursor: str, address: str
+) -> dict[str, Any]:
+    """One page of the types, in the order of their names; `next` is the cursor of the page after, or None.
+
+    The page of a type is at `address` followed by its name.
+    """
     words = search.lower().split()
     found = [entry for entry in planner.backbones.entries() if _matches(entry, scope, words)]
     page = [entry for entry in found if entry.type > cursor]
     more = page[limit - 1].type if len(page) > limit else None
-    return {"types": [_row(entry) for entry in page[:limit]], "total": len(found), "next": more}
+    return {"types": [_row(entry, address) for entry in page[:limit]], "total": len(found), "next": more}
 
 
 def _matches(entry: TypeEntry, scope: str, words: list[str]) -> bool:
@@ -31,19 +36,19 @@ def _matches(entry: TypeEntry, scope: str, words: list[str]) -> bool:
     return (not scope or scope in scopes) and all(word in text for word in words)
 
 
-def _row(entry: TypeEntry) -> dict[str, Any]:
+def _row(entry: TypeEntry, address: str) -> dict[str, Any]:
     row = {
         "type": entry.type,
         "scope": entry.scope,
         "aliases": list(entry.aliases),
         "summary": entry.summary,
-        "href": f"/backbones/{entry.type}",
+        "href": f"{address}{entry.type}",
     }
     return row if entry.unsupported is None else {**row, "unsupported": entry.unsupported}
 
 
-def type_page(planner: Planner, name: str) -> dict[str, Any]:
-    """Everything about one type.
+def type_page(planner: Planner, name: str, address: str) -> dict[str, Any]:
+    """Everything about one type, whose page is at `address` followed by its name.
 
     Raises:
         UnknownBackbone, InvalidConfig: as for `Registry.resolve`.
@@ -53,7 +58,7 @@ def type_page(planner: Planner, name: str) -> dict[str, Any]:
     plan = planner.plan(example)
     by_default = _by_default(planner, example, plan)
     return {
-        **_row(resolved.entry),
+        **_row(resolved.entry, address),
         "schema": resolved.family.config.model_json_schema(),
         "architectures": list(resolved.family.architectures(resolved.type)),
         "checkpoint_layouts": list(checkpoint_layouts(resolved.entry, resolved.family)),
