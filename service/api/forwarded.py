@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -35,6 +36,8 @@ class ForwardedMiddleware:
         # and no client that is not an address.
         self._proxies = ProxyHeadersMiddleware(app, list(proxies)).trusted_hosts  # type: ignore[arg-type]  # not called
         self._root_path = root_path.rstrip("/")
+        # Clients come again, and reading an address takes longer than all else here.
+        self._client = lru_cache(maxsize=1024)(self._read_client)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -48,7 +51,7 @@ class ForwardedMiddleware:
         """Take over what is well-formed; the rest stays as it is without a proxy."""
         said = [(name, value) for name, value in scope["headers"] if name in (FOR, PROTO, PREFIX)]
         chain = b",".join(value for name, value in said if name == FOR)
-        if client := self._client(chain):
+        if len(chain) <= MAX_CHAIN_BYTES and (client := self._client(chain)):
             scope["client"] = client
         for name, value in said:
             if name == PROTO and value in SCHEMES:
@@ -56,10 +59,8 @@ class ForwardedMiddleware:
             elif name == PREFIX and WELL_FORMED_PREFIX.fullmatch(value):
                 scope["prefix"] = value.decode().rstrip("/")
 
-    def _client(self, chain: bytes) -> tuple[str, int] | None:
+    def _read_client(self, chain: bytes) -> tuple[str, int] | None:
         """The address nearest to us that is none of the proxies; None where no address stands there."""
-        if not chain or len(chain) > MAX_CHAIN_BYTES:
-            return None
         host, port = self._proxies.get_trusted_client_address(chain.decode("latin-1"))
         try:
             return str(ipaddress.ip_address(host)), port

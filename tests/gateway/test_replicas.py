@@ -117,6 +117,7 @@ def replicas_of(entry: dict[str, Any]) -> list[str]:
     return [address.strip() for address in entry["replicas"].split(",")]
 
 
+@pytest.mark.slow
 def test_no_request_fails_when_a_replica_is_killed(replicas: Replicas, put: Put) -> None:
     gateway = put(replicas.ports)
     with Load(gateway.url) as load:
@@ -131,6 +132,7 @@ def test_no_request_fails_when_a_replica_is_killed(replicas: Replicas, put: Put)
     assert any(len(replicas_of(entry)) > 1 for entry in log), "no request met the dead replica"
 
 
+@pytest.mark.slow
 def test_no_request_fails_in_a_rolling_restart(replicas: Replicas, put: Put) -> None:
     gateway = put(replicas.ports)
     with Load(gateway.url) as load:
