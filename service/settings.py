@@ -81,15 +81,6 @@ class Settings(BaseSettings):
         None, description="file of hashed keys, one a line; read again on SIGHUP; see Keys"
     )
     allow_anonymous: bool = Field(False, description="a gateway in front of the service checks who asks")
-    root_path: str = Field(
-        "/",
-        pattern=rf"^(/|{PATH_PREFIX}/?)$",
-        description="a path such as /vision that a gateway serves it below, unless the gateway says which",
-    )
-    forwarded_allow_ips: Names = Field(
-        ("127.0.0.1", "::1"),
-        description="proxies whose X-Forwarded-For, -Proto and -Prefix are believed: addresses and networks",
-    )
     requests_per_minute: int = Field(
         0, ge=0, le=10**9, description="requests of each client in a minute; 0 is no quota"
     )
@@ -103,6 +94,15 @@ class Settings(BaseSettings):
         description="configs and models of each client in a minute that are not known yet; 0 is no quota",
     )
     metrics_need_key: bool = Field(False, description="/metrics is for holders of a key only")
+    root_path: str = Field(
+        "/",
+        pattern=rf"^(/|{PATH_PREFIX}/?)$",
+        description="a path such as /vision that a gateway serves it below, unless the gateway says which",
+    )
+    forwarded_allow_ips: Names = Field(
+        ("127.0.0.1", "::1"),
+        description="proxies whose X-Forwarded-For, -Proto and -Prefix are believed: addresses and networks",
+    )
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda|cuda:\d{1,2}|mps)$", description="auto, cpu, cuda, cuda:N or mps"
     )
