@@ -49,7 +49,11 @@ LINGER_BYTES = 128 * 2**20
 # Connections beyond the limit that are told so; those beyond these are closed without a word.
 SPARE_CONNECTIONS = 64
 SWEEP_S = 1.0
+# A larger body is not copied to be joined to its head; it leaves in many pieces anyway.
+JOINED_BYTES = 64 * 1024
+HEAD_BEGINS = b"HTTP/"
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+Piece = bytes | bytearray | memoryview
 access_log = logging.getLogger("service.access")
 
 
@@ -418,16 +422,41 @@ class GuardedProtocol(HttpToolsProtocol):
 
 
 class _Door(asyncio.Transport):
-    """The transport that uvicorn sees: counts what is written, and ends as the protocol wants it."""
+    """The transport that uvicorn sees: counts what is written, and ends as the protocol wants it.
+
+    The head of a reply waits for its body, for one turn of the event loop at most. In one piece they leave with one
+    call of the system, and if the process is killed a gateway has both or neither: once it has passed on a head, it
+    cannot ask another replica any more.
+    """
 
     def __init__(self, wire: asyncio.Transport, protocol: GuardedProtocol) -> None:
         super().__init__()
         self._wire = wire
         self._protocol = protocol
+        self._head: Piece = b""
         self.written_bytes = 0
 
-    def write(self, data: bytes | bytearray | memoryview[Any]) -> None:
+    def write(self, data: Piece) -> None:
         """Send bytes, when there is room."""
+        if self._head and len(data) <= JOINED_BYTES:
+            head, self._head = self._head, b""
+            self._send(b"".join((head, data)))
+        elif data[:5] == HEAD_BEGINS:
+            self.flush()
+            self._head = data
+            self._protocol.loop.call_soon(self.flush)
+        else:
+            self.flush()
+            self._send(data)
+
+    def flush(self) -> None:
+        """Send a head whose body does not come at once."""
+        if self._head:
+            head, self._head = self._head, b""
+            if not self._wire.is_closing():
+                self._send(head)
+
+    def _send(self, data: Piece) -> None:
         self.written_bytes += len(data)
         self._wire.write(data)
 
@@ -437,6 +466,7 @@ class _Door(asyncio.Transport):
 
     def close(self) -> None:
         """Close, when what was written has left."""
+        self.flush()
         self._protocol.end()
 
 
