@@ -13,6 +13,8 @@ import httpx
 import numpy as np
 import pytest
 
+from service.api.errors import problem_type, status_of
+from service.api.openapi import problem_classes
 from service.settings import Settings
 from tests.api.problems import assert_problem
 from tests.conftest import RunningService, Serve, encoded, multipart
@@ -167,6 +169,16 @@ def test_a_body_over_the_limit_is_413_and_one_at_it_passes(gateway: Gateway, is_
     refused = assert_problem(post(MAX_BODY_BYTES + 1), 413, "too-large")
     assert refused["detail"] == f"the body exceeds {MAX_BODY_BYTES:,} bytes"
     assert list(refused) == PROBLEM_KEYS
+
+
+def test_what_the_gateway_refuses_has_the_types_and_titles_of_the_service() -> None:
+    told = (DEPLOY / "gateway/problems.conf").read_text()
+    types = dict(re.findall(r"^    (\d+) (/problems/[a-z-]+);", told, re.MULTILINE))
+    known = {problem_type(error): error for error in problem_classes()}
+    assert len(types) >= 8
+    for status, kind in types.items():
+        assert str(status_of(known[kind])) == status
+        assert f'{status} "{known[kind].title}";' in told
 
 
 def test_who_asks_too_often_gets_429_and_nobody_else_does(put: Put) -> None:
