@@ -87,9 +87,6 @@ def test_its_health_check_is_a_command_of_the_service() -> None:
     assert make_parser().parse_args(arguments).ready
 
 
-@pytest.mark.xfail(
-    not (ROOT / "deploy" / "nginx.conf").exists(), strict=True, reason="deploy/nginx.conf is not there yet"
-)
 def test_every_file_and_volume_that_is_mounted_is_there() -> None:
     for service in SERVICES.values():
         for volume in service["volumes"]:
