@@ -6,7 +6,8 @@ import hashlib
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Generic, TypeVar
@@ -14,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import orjson
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from service.backbones.base import Backbone, BackboneConfig, Family
 from service.backbones.building import initialised
@@ -25,8 +27,9 @@ from service.config.files import ConfigCatalogue, NamedConfig
 from service.config.preprocess import PreprocessSpec, parse_preprocess, resolve_preprocess
 from service.config.spec import Description, FeatureInfo, Freeze, FreezeReport, Layout, Level, WeightsRef
 from service.errors import CheckpointMismatch, InvalidConfig
-from service.necks.base import LevelFacts, NeckConfig, NeckDescription, NeckFamily, WeightedNeckConfig
+from service.necks.base import LevelFacts, Neck, NeckConfig, NeckDescription, NeckFamily, WeightedNeckConfig
 from service.necks.chain import CHAIN, read_chain
+from service.runtime.live_bytes import LiveBytes, coarse
 from service.validation import invalid
 
 T = TypeVar("T")
@@ -147,6 +150,7 @@ class Planner:
         self._descriptions: Lru[Description] = Lru(DESCRIPTIONS_KEPT)
         self._meta: Lru[Backbone] = Lru(META_KEPT)
         self._shapes: Lru[tuple[LevelShape, ...]] = Lru(SHAPES_KEPT)
+        self._activations: Lru[int] = Lru(SHAPES_KEPT)
 
     def named(self, name: str, neck: Any, preprocess: Any) -> tuple[Any, Any, Any]:
         """A named config as backbone, neck and preprocess; what is given beside the name goes before its own.
@@ -276,17 +280,48 @@ class Planner:
         made_for = plan.input_size
         return tuple(level.scaled(made_for, size) for level in self.levels_at(plan, made_for))
 
+    def known_activations(self, plan: Plan, size: tuple[int, int]) -> int | None:
+        """What `activation_bytes` found before; costs no more than to look."""
+        known = self._activations.peek(_shape_key(plan, size))
+        return self._activations.peek(_shape_key(plan, coarse(size))) if known is None else known
+
+    def activation_bytes(self, plan: Plan, size: tuple[int, int], pointer: str = SIZE_POINTER) -> int:
+        """The most that tensors of one forward pass of one image hold at a time, its input and levels among them.
+
+        Counted on the meta device, in float32 and at a size that is a little larger where the network takes any.
+
+        Raises:
+            InvalidConfig: this backbone does not take this size, or the neck does not take these levels.
+        """
+        rounded = coarse(size)
+        try:
+            return self._activations.get(
+                _shape_key(plan, rounded), lambda: self._count_live(plan, rounded, pointer)
+            )
+        except InvalidConfig:
+            return self._activations.get(
+                _shape_key(plan, size), lambda: self._count_live(plan, size, pointer)
+            )
+
+    def _count_live(self, plan: Plan, size: tuple[int, int], pointer: str) -> int:
+        backbone = self._meta_backbone(plan.family, plan.config)
+        neck = None if plan.neck is None else _meta_neck(plan.neck)
+        _run_backbone(backbone, plan, size, pointer)  # what is traced on first use is no activation
+        live = LiveBytes()
+        with live:
+            found = _run_backbone(backbone, plan, size, pointer)
+            if plan.neck is not None and neck is not None:
+                features = [found[level.node] for level in plan.levels]
+                with _levels_for(plan.neck, [feature.shape for feature in features]), shapes_only():
+                    neck(features)
+        return live.peak
+
     def _measure(self, plan: Plan, size: tuple[int, int], pointer: str) -> tuple[LevelShape, ...]:
         levels = _levels_of_table(plan, size) or self._levels_of_meta(plan, size, pointer)
         return levels if plan.neck is None else _behind(plan.neck, levels)
 
     def _levels_of_meta(self, plan: Plan, size: tuple[int, int], pointer: str) -> tuple[LevelShape, ...]:
-        backbone = self._meta_backbone(plan.family, plan.config)
-        try:
-            with shapes_only():
-                found = backbone(torch.empty((1, plan.description.in_channels, *size)), plan.nodes)
-        except SIZE_ERRORS as error:
-            raise size_refused(plan, size, pointer) from error
+        found = _run_backbone(self._meta_backbone(plan.family, plan.config), plan, size, pointer)
         features = {feature.node: feature for feature in plan.description.features}
         return tuple(
             level_shape(level, tuple(found[level.node].shape), size, features.get(level.node))
@@ -354,16 +389,50 @@ def _behind(neck: NeckPlan, levels: Sequence[LevelShape]) -> tuple[LevelShape, .
     Raises:
         InvalidConfig: it cannot take them at this size.
     """
-    try:
-        with torch.device("meta"):
-            network = neck.family.build(neck.config, neck.inputs).eval()
+    with _levels_for(neck, [level.shape for level in levels]):
+        network = _meta_neck(neck)
         with shapes_only():
             found = network([torch.empty(level.shape) for level in levels])
-    except SIZE_ERRORS as error:
-        sizes = ", ".join("x".join(map(str, level.shape[2:])) for level in levels)
-        raise InvalidConfig("#/neck", f"{neck.type} does not take levels of {sizes}") from error
     facts = neck.description.levels
     return tuple(_as_given(fact, tuple(tensor.shape)) for fact, tensor in zip(facts, found, strict=True))
+
+
+def _run_backbone(
+    backbone: Backbone, plan: Plan, size: tuple[int, int], pointer: str
+) -> Mapping[str, Tensor]:
+    """The features of one image on the meta device.
+
+    Raises:
+        InvalidConfig: the backbone does not take this size.
+    """
+    try:
+        with shapes_only():
+            found: Mapping[str, Tensor] = backbone(
+                torch.empty((1, plan.description.in_channels, *size)), plan.nodes
+            )
+    except SIZE_ERRORS as error:
+        raise size_refused(plan, size, pointer) from error
+    return found
+
+
+def _meta_neck(neck: NeckPlan) -> Neck:
+    with torch.device("meta"):
+        network: Neck = neck.family.build(neck.config, neck.inputs)
+    return network.eval()
+
+
+@contextmanager
+def _levels_for(neck: NeckPlan, shapes: Iterable[Sequence[int]]) -> Iterator[None]:
+    """A context in which a neck meets levels of these shapes.
+
+    Raises:
+        InvalidConfig: it cannot take them at this size.
+    """
+    try:
+        yield
+    except SIZE_ERRORS as error:
+        sizes = ", ".join("x".join(map(str, shape[2:])) for shape in shapes)
+        raise InvalidConfig("#/neck", f"{neck.type} does not take levels of {sizes}") from error
 
 
 def _as_given(fact: LevelFacts, shape: tuple[int, ...]) -> LevelShape:
