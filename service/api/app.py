@@ -16,8 +16,14 @@ from service.api import backbones, configs, docs, features, health, models
 from service.api.access import Access, AccessMiddleware
 from service.api.compression import CompressionMiddleware
 from service.api.draining import DrainMiddleware
-from service.api.errors import on_crash, on_http_exception, on_service_error, on_validation_error
 from service.api.forwarded import ForwardedMiddleware, PrefixMiddleware
+from service.api.errors import (
+    on_crash,
+    on_http_exception,
+    on_memory_error,
+    on_service_error,
+    on_validation_error,
+)
 from service.api.limits import BodyLimits, LimitsMiddleware
 from service.api.middleware import ServiceMiddleware
 from service.api.openapi import TAGS, DescribedApp, operation_id
@@ -92,6 +98,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, on_http_exception)
     app.add_exception_handler(RequestValidationError, on_validation_error)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
+    app.add_exception_handler(MemoryError, on_memory_error)
     app.add_exception_handler(Exception, on_crash)
 
 

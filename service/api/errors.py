@@ -131,6 +131,13 @@ async def on_validation_error(request: Request, error: Exception) -> Response:
     return problem_response(refused, request_id_of(request))
 
 
+async def on_memory_error(request: Request, error: Exception) -> Response:
+    """Answer a request that found no memory where nothing else says so."""
+    log.warning("request %s found no memory", request_id_of(request), exc_info=error)
+    refused = errors.OutOfMemory("the machine has no memory left for this request", retry_after_s=5)
+    return problem_response(refused, request_id_of(request))
+
+
 async def on_crash(request: Request, error: Exception) -> Response:
     """Answer a bug: nothing of it reaches the client but the id to find it in the log."""
     log.error("request %s crashed", request_id_of(request), exc_info=error)

@@ -19,6 +19,7 @@ from typing import Generic, TypeVar
 
 from service.errors import DeadlineExceeded, Draining, QueueFull, ServiceError
 from service.runtime.batch_sizes import BatchSizes
+from service.runtime.threads import contained
 from service.runtime.waiting import Flow, Job, Place, Turn, WaitingJobs
 
 __all__ = ["Batcher", "Job", "Pace"]
@@ -263,7 +264,7 @@ class Batcher(Generic[P, R]):
             if len(results) != len(jobs):
                 raise RuntimeError(f"{len(jobs)} jobs were run and {len(results)} results came")
         except BaseException as error:  # noqa: BLE001 - whatever it is belongs to the callers, not to this thread
-            return [error] * len(jobs)
+            return [contained(error)] * len(jobs)
         return results
 
     def _settle(

@@ -14,6 +14,7 @@ import pytest
 from service.errors import DeadlineExceeded, Draining, QueueFull
 from service.runtime.batch_sizes import BatchSizes
 from service.runtime.batcher import Batcher, Job, Pace
+from service.runtime.threads import ThreadEnded
 
 FAR = 1e9
 MakeBatcher = Callable[..., Batcher[str, str]]
@@ -181,6 +182,20 @@ def test_a_batch_that_raises_fails_its_jobs_and_the_worker_goes_on(make) -> None
     with pytest.raises(RuntimeError, match="boom"):
         batcher.submit(job("boom")).result(10)
     assert batcher.submit(job("next")).result(10) == "next"
+    assert batcher.alive
+
+
+@pytest.mark.parametrize("end", [SystemExit, KeyboardInterrupt, GeneratorExit, StopIteration])
+async def test_a_batch_that_would_end_its_thread_and_the_event_loop_fails_its_jobs(make, end) -> None:
+    def run(jobs: Sequence[Job[str, str]], pace: Pace) -> list[str]:
+        if jobs[0].payload == "leave":
+            raise end
+        return [job.payload for job in jobs]
+
+    batcher = make(run)
+    with pytest.raises(ThreadEnded, match=end.__name__):
+        await batcher.submit_async(job("leave"))
+    assert await batcher.submit_async(job("next")) == "next"
     assert batcher.alive
 
 
