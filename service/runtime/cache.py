@@ -8,34 +8,55 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from service.errors import OutOfMemory, UnknownModel
+from service.errors import OutOfMemory, QueueFull, ServiceError, UnknownModel
+from service.runtime.shares import Share, Shares
+from service.runtime.threads import on_thread_holding
 
 M = TypeVar("M")
+# Loads that may wait for their turn.
+MAX_WAITING_LOADS = 64
 
 
 @dataclass
 class Entry(Generic[M]):
-    """One loaded model and who uses it."""
+    """One loaded model and who uses it. `client` used it last."""
 
     key: str
     model: M
     bytes: int
     load_seconds: float
     loaded_at: float
+    client: str = ""
     leases: int = 0
     hits: int = 0
     last_used: float = field(default_factory=time.time)
     doomed: bool = False
 
 
+@dataclass(eq=False)
+class _Load(Generic[M]):
+    """A load that was asked for. Until it has begun it goes with the last who waits for it."""
+
+    needed_bytes: int
+    build: Callable[[], tuple[M, int]]
+    client: str
+    waiters: int = 0
+    has_begun: bool = False
+    task: asyncio.Task[Entry[M]] | None = None
+
+
 class ModelCache(Generic[M]):
     """A byte budget of models with single-flight loads, leases and least-recently-used eviction.
+
+    Clients take turns at loads, and whoever has the most bytes of models makes room: one that asks for a thousand
+    models thrashes its own.
 
     Args:
         budget_bytes: what all models together may take; a load that is under way counts with what it needs.
@@ -61,10 +82,10 @@ class ModelCache(Generic[M]):
         self._wait_s = wait_s
         self._entries: dict[str, Entry[M]] = {}
         self._doomed_bytes = 0
-        self._loads: dict[str, asyncio.Task[Entry[M]]] = {}
+        self._loads: dict[str, _Load[M]] = {}
         self._reserved: dict[str, int] = {}
         self._changed = asyncio.Event()
-        self._turn = asyncio.Lock()
+        self._turns = Shares(1, max_burden=MAX_WAITING_LOADS, full=_too_many_loads)
 
     @property
     def used_bytes(self) -> int:
@@ -95,40 +116,57 @@ class ModelCache(Generic[M]):
 
     @asynccontextmanager
     async def lease(
-        self, key: str, needed_bytes: int, build: Callable[[], tuple[M, int]]
+        self, key: str, needed_bytes: int, build: Callable[[], tuple[M, int]], client: str = ""
     ) -> AsyncIterator[Entry[M]]:
         """The model of this key, loaded if need be, not evicted while leased.
 
         Args:
             build: makes the model and says how many bytes it takes; runs once however many ask.
+            client: whose turn it takes; empty for what the service does by itself.
 
         Raises:
             OutOfMemory: it does not fit, or nothing could be evicted in time.
+            QueueFull: too many loads wait, most of them this client's.
         """
-        entry = self.hold(key) or await self.acquire(key, needed_bytes, build)
+        entry = self.hold(key, client) or await self.acquire(key, needed_bytes, build, client)
         try:
             yield entry
         finally:
             self.release(entry)
 
-    def hold(self, key: str) -> Entry[M] | None:
+    def hold(self, key: str, client: str = "") -> Entry[M] | None:
         """The model of this key if it is there, not evicted until it is given to `release`."""
         entry = self._entries.get(key)
         if entry is not None:
             entry.leases += 1
             entry.hits += 1
             entry.last_used = time.time()
+            entry.client = client
         return entry
 
-    async def acquire(self, key: str, needed_bytes: int, build: Callable[[], tuple[M, int]]) -> Entry[M]:
+    async def acquire(
+        self, key: str, needed_bytes: int, build: Callable[[], tuple[M, int]], client: str = ""
+    ) -> Entry[M]:
         """As `lease`, for who releases it otherwise than by leaving a block."""
-        while (entry := self.hold(key)) is None:
+        while (entry := self.hold(key, client)) is None:
             if key not in self._loads:
                 self.admit(needed_bytes)
-                self._loads[key] = asyncio.create_task(self._load(key, needed_bytes, build))
-            # One waiter that gives up does not stop the load for the others.
-            await asyncio.shield(self._loads[key])
+                self._loads[key] = _Load(needed_bytes, build, client)
+            await self._wait_for(key, self._loads[key])
         return entry
+
+    async def _wait_for(self, key: str, load: _Load[M]) -> None:
+        """Wait for a load. One waiter that gives up does not stop it for the others; the last one does, in its line."""
+        if load.task is None:
+            load.task = asyncio.create_task(self._load(key, load))
+        load.waiters += 1
+        try:
+            await asyncio.shield(load.task)
+        finally:
+            load.waiters -= 1
+            if not load.waiters and not load.has_begun and not load.task.done():
+                self._end(key, load)
+                load.task.cancel()
 
     def release(self, entry: Entry[M]) -> None:
         """Give back what `hold` or `acquire` gave."""
@@ -139,41 +177,67 @@ class ModelCache(Generic[M]):
             self._forget(entry)
         self._changed.set()
 
-    async def _load(self, key: str, needed_bytes: int, build: Callable[[], tuple[M, int]]) -> Entry[M]:
+    async def _load(self, key: str, load: _Load[M]) -> Entry[M]:
         try:
-            async with self._turn:
-                await self._make_room(needed_bytes)
-                self._reserved[key] = needed_bytes
+            async with self._turns.turn(load.client) as turn:
+                await self._make_room(load)
+                load.has_begun = True
+                self._reserved[key] = load.needed_bytes
                 started = time.monotonic()
-                model, size = await asyncio.get_running_loop().run_in_executor(self._executor, build)
-                entry = Entry(key, model, size, time.monotonic() - started, time.monotonic())
+                model, size = await self._built(load, turn)
+                entry = Entry(key, model, size, time.monotonic() - started, time.monotonic(), load.client)
                 self._entries[key] = entry
                 return entry
         finally:
             self._reserved.pop(key, None)
-            self._loads.pop(key, None)
+            self._end(key, load)
             self._changed.set()
 
-    async def _make_room(self, needed_bytes: int) -> None:
+    def _end(self, key: str, load: _Load[M]) -> None:
+        """Nobody joins a load any more; another of its key may have begun meanwhile."""
+        if self._loads.get(key) is load:
+            del self._loads[key]
+
+    async def _built(self, load: _Load[M], turn: Share) -> tuple[M, int]:
+        """The model; tried again without idle ones where it finds too little memory for all."""
+        try:
+            return await on_thread_holding(turn, self._executor, load.build)
+        except OutOfMemory:
+            if not self.evict_idle():
+                raise
+        return await on_thread_holding(turn, self._executor, load.build)
+
+    async def _make_room(self, load: _Load[M]) -> None:
         deadline = time.monotonic() + self._wait_s
-        while self.used_bytes + needed_bytes > self.budget_bytes:
-            if self._evict_one():
+        while self.used_bytes + load.needed_bytes > self.budget_bytes:
+            if self._evict_one(load):
                 continue
-            patience_s = min(deadline - time.monotonic(), self._until_evictable_s())
+            patience_s = min(deadline - time.monotonic(), self._until_evictable_s(load))
             if patience_s <= 0:
-                detail = f"{needed_bytes:,} bytes are needed and all {self.budget_bytes:,} of the budget are in use"
+                budget = f"all {self.budget_bytes:,} of the budget are in use"
+                detail = f"{load.needed_bytes:,} bytes are needed and {budget}"
                 raise OutOfMemory(detail, retry_after_s=1)
             await self._room_changes(patience_s)
 
-    def _idle(self) -> list[Entry[M]]:
+    def _idle(self, load: _Load[M] | None = None) -> list[Entry[M]]:
+        """The models that nobody uses, the one used last longest ago first; for a load those of the client with most.
+
+        A load counts with the models of its client.
+        """
         idle = [entry for entry in self._entries.values() if entry.leases == 0]
+        if load is not None and idle:
+            used = Counter({load.client: load.needed_bytes})
+            for entry in self._entries.values():
+                used[entry.client] += entry.bytes
+            heaviest = max((entry.client for entry in idle), key=lambda client: used[client])
+            idle = [entry for entry in idle if entry.client == heaviest]
         return sorted(idle, key=lambda entry: entry.last_used)
 
     def _age_s(self, entry: Entry[M]) -> float:
         return time.monotonic() - entry.loaded_at
 
-    def _evict_one(self) -> bool:
-        for entry in self._idle():
+    def _evict_one(self, load: _Load[M] | None = None) -> bool:
+        for entry in self._idle(load):
             if self._age_s(entry) >= self._min_residency_s:
                 del self._entries[entry.key]
                 self.evictions += 1
@@ -181,10 +245,21 @@ class ModelCache(Generic[M]):
                 return True
         return False
 
-    def _until_evictable_s(self) -> float:
+    def _until_evictable_s(self, load: _Load[M]) -> float:
         """Seconds until an idle model is old enough; as long as we wait at all when every model is leased."""
-        waits = [self._min_residency_s - self._age_s(entry) for entry in self._idle()]
+        waits = [self._min_residency_s - self._age_s(entry) for entry in self._idle(load)]
         return max(min(waits), 0.001) if waits else self._wait_s
+
+    def evict_idle(self) -> bool:
+        """Drop every model that nobody uses, however young: memory is short. Says whether there was any."""
+        idle = self._idle()
+        for entry in idle:
+            del self._entries[entry.key], entry.model
+        self.evictions += len(idle)
+        if idle:
+            self._released()
+            self._changed.set()
+        return bool(idle)
 
     async def _room_changes(self, patience_s: float) -> None:
         self._changed.clear()
@@ -224,3 +299,7 @@ class ModelCache(Generic[M]):
         self._forget(entry)
         self._changed.set()
         return True
+
+
+def _too_many_loads(retry_after_s: float) -> ServiceError:
+    return QueueFull("too many models wait to be loaded", retry_after_s=retry_after_s)

@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from service.errors import InvalidConfig, OutOfMemory, UnknownModel
-from service.runtime.cache import ModelCache
+from service.errors import InvalidConfig, OutOfMemory, QueueFull, UnknownModel
+from service.runtime.cache import MAX_WAITING_LOADS, ModelCache
+from service.runtime.threads import ThreadEnded
 
 
 class Model:
@@ -206,3 +207,146 @@ async def test_unload_waits_for_the_last_user(make) -> None:
     assert cache.used_bytes == 0
     await use(cache, "a")
     assert cache.unload("a") is True
+
+
+# --- clients ------------------------------------------------------------------------------------
+
+
+async def settled() -> None:
+    """Until everything that can go on has done so: each callback may schedule one more."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def use_as(cache: ModelCache[Model], client: str, key: str, size: int = 40) -> None:
+    async with cache.lease(key, size, builder(size), client):
+        pass
+
+
+async def test_a_single_load_waits_for_one_of_a_client_with_fifty(make) -> None:
+    cache, release = make(budget=10_000), threading.Event()
+    log: list[str] = []
+
+    def first() -> tuple[Model, int]:
+        assert release.wait(30)
+        return Model(), 1
+
+    async def ask(client: str, key: str, build: Callable[[], tuple[Model, int]]) -> None:
+        async with cache.lease(key, 1, build, client):
+            pass
+
+    asking = [asyncio.create_task(ask("flood", "first", first))]
+    asking += [asyncio.create_task(ask("flood", name, builder(1, log, name))) for name in map(str, range(50))]
+    await asyncio.sleep(0)
+    asking.append(asyncio.create_task(ask("single", "single", builder(1, log, "single"))))
+    await settled()
+    assert len(cache.loading) == 52
+    release.set()
+    await asyncio.gather(*asking)
+    assert log.index("single") <= 1
+    assert len(log) == 51
+
+
+async def test_loads_that_wait_are_bounded_and_say_when_to_come_back(make) -> None:
+    cache, release = make(budget=10_000), threading.Event()
+
+    def first() -> tuple[Model, int]:
+        assert release.wait(30)
+        return Model(), 1
+
+    async def ask(key: str, build: Callable[[], tuple[Model, int]]) -> None:
+        async with cache.lease(key, 1, build, "flood"):
+            pass
+
+    asking = [asyncio.create_task(ask("first", first))]
+    asking += [asyncio.create_task(ask(str(number), builder(1))) for number in range(MAX_WAITING_LOADS + 10)]
+    done, _ = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+    refused = [task.exception() for task in done]
+    assert all(isinstance(error, QueueFull) and error.retry_after_s for error in refused)
+    release.set()
+    outcomes = await asyncio.gather(*asking, return_exceptions=True)
+    assert sum(isinstance(outcome, QueueFull) for outcome in outcomes) == 10
+    assert cache.loading == ()
+
+
+async def test_a_load_that_nobody_waits_for_any_more_is_dropped_before_its_turn(make) -> None:
+    cache, release = make(), threading.Event()
+    log: list[str] = []
+
+    def first() -> tuple[Model, int]:
+        assert release.wait(30)
+        return Model(), 1
+
+    async def ask(key: str, build: Callable[[], tuple[Model, int]]) -> None:
+        async with cache.lease(key, 1, build):
+            pass
+
+    running = asyncio.create_task(ask("first", first))
+    dropped = [asyncio.create_task(ask("dropped", builder(1, log, "dropped"))) for _ in range(2)]
+    await settled()
+    assert "dropped" in cache.loading
+    for task in dropped:
+        task.cancel()
+    await asyncio.wait(dropped)
+    assert "dropped" not in cache.loading
+    again = asyncio.create_task(ask("dropped", builder(1, log, "again")))
+    release.set()
+    await asyncio.gather(running, again)
+    assert log == ["again"]
+
+
+async def test_a_client_with_most_models_thrashes_its_own(make) -> None:
+    cache = make(budget=200)
+    await use_as(cache, "calm", "calm")
+    for number in range(20):
+        await use_as(cache, "flood", f"flood{number}")
+    assert "calm" in cache
+    assert cache.evictions == 16
+    for number in range(4):
+        await use_as(cache, "calm", f"calm{number}")
+    assert len(keys(cache) & {f"calm{number}" for number in range(4)}) >= 1
+
+
+async def test_a_young_model_of_a_flood_is_waited_for_and_no_other_goes_in_its_place(make) -> None:
+    cache = make(budget=100, residency_s=0.05, wait_s=30.0)
+    await use_as(cache, "calm", "calm", 20)
+    for number in range(4):
+        await use_as(cache, "flood", f"flood{number}")
+    assert "calm" in cache
+
+
+async def test_a_load_that_finds_no_memory_is_tried_again_without_idle_models(make) -> None:
+    cache = make(budget=1000)
+    await use(cache, "idle")
+    attempts: list[set[str]] = []
+
+    def build() -> tuple[Model, int]:
+        attempts.append(keys(cache))
+        if len(attempts) == 1:
+            raise MemoryError
+        return Model(), 40
+
+    async with cache.lease("large", 40, build):
+        assert attempts == [{"idle"}, set()]
+        assert keys(cache) == {"large"}
+
+    def never() -> tuple[Model, int]:
+        raise MemoryError
+
+    async with cache.lease("large", 40, build):
+        with pytest.raises(OutOfMemory):
+            await cache.acquire("never", 40, never)
+    assert cache.used_bytes == 40
+
+
+@pytest.mark.parametrize("end", [SystemExit, KeyboardInterrupt, GeneratorExit, StopIteration])
+async def test_a_load_that_would_end_its_thread_fails_its_request_and_no_more(make, end) -> None:
+    cache = make()
+
+    def leave() -> tuple[Model, int]:
+        raise end
+
+    with pytest.raises(ThreadEnded, match=end.__name__):
+        await cache.acquire("a", 40, leave)
+    await use(cache, "a")
+    assert keys(cache) == {"a"}
