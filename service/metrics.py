@@ -48,6 +48,15 @@ class Metrics:
             "backbone_batch_images", "Images in one forward pass.", buckets=SIZES, registry=self.registry
         )
         self.queue_images = Gauge("backbone_queue_images", "Images that wait.", registry=self.registry)
+        self.work_bytes = Gauge(
+            "backbone_work_memory_bytes", "Bytes that requests in flight have taken.", registry=self.registry
+        )
+        self.work_limit_bytes = Gauge(
+            "backbone_work_memory_limit_bytes", "Bytes that they may take.", registry=self.registry
+        )
+        self.work_waiting = Gauge(
+            "backbone_work_memory_waiting_requests", "Requests that wait for memory.", registry=self.registry
+        )
         self.models = Gauge("backbone_models", "Models in memory.", registry=self.registry)
         self.model_bytes = Gauge("backbone_model_bytes", "Bytes of the models.", registry=self.registry)
         self.budget_bytes = Gauge(

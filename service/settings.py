@@ -124,6 +124,11 @@ class Settings(BaseSettings):
         pattern=r"^\d+(\.\d+)?%$|^\d+$",
         description="bytes that models may take, or percent of the free memory such as 70%",
     )
+    work_memory: str = Field(
+        "20%",
+        pattern=r"^\d+(\.\d+)?%$|^\d+$",
+        description="bytes that requests in flight may take, or percent of the free memory such as 20%",
+    )
     min_residency: float = Field(
         1.0, ge=0, description="seconds a model stays in memory before it may be evicted"
     )

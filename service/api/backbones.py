@@ -13,7 +13,7 @@ from service.api.bodies import read_json_object
 from service.api.forwarded import address
 from service.api.openapi import INSPECT_OPERATION, INSPECT_REPLY, TYPE_REPLY, TYPES_REPLY
 from service.api.reply import json_reply
-from service.api.state import engine_of, visitor_of, while_connected
+from service.api.state import engine_of, name_of, visitor_of, while_connected
 from service.errors import InvalidConfig
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ async def get_backbone(
     engine = await engine_of(request)
     from service.runtime.inspect import type_page
 
-    return json_reply(await engine.planning(type_page, engine.planner, type, address(request, PAGES)))
+    page = engine.planning(name_of(request), type_page, engine.planner, type, address(request, PAGES))
+    return json_reply(await page)
 
 
 @router.post(
@@ -79,18 +80,24 @@ async def post_inspect(request: Request) -> Response:
     """Levels, parameters, bytes and frozen names of a config; no weights are made and no image is needed."""
     body = await read_json_object(request, ("backbone", "neck", "input_size"), required="backbone")
     size = _input_size(body.get("input_size"))
-    on_new = visitor_of(request).take_new_model
-    found = _inspected(await engine_of(request), body["backbone"], body.get("neck"), size, on_new)
+    asker = name_of(request), visitor_of(request).take_new_model
+    found = _inspected(await engine_of(request), asker, body["backbone"], body.get("neck"), size)
     return json_reply(await while_connected(request, found))
 
 
 async def _inspected(
-    engine: Engine, backbone: Any, neck: Any, size: tuple[int, int] | None, on_new: Callable[[], None]
+    engine: Engine,
+    asker: tuple[str, Callable[[], None]],
+    backbone: Any,
+    neck: Any,
+    size: tuple[int, int] | None,
 ) -> dict[str, Any]:
+    """What `asker` gets: the name that it takes turns by, and what is called where the config is new."""
     from service.runtime.inspect import inspection
 
-    plan = await engine.plan(backbone, neck, on_new=on_new)
-    return await engine.planning(inspection, engine.planner, plan, size)
+    name, on_new = asker
+    plan = await engine.plan(name, backbone, neck, on_new=on_new)
+    return await engine.planning(name, inspection, engine.planner, plan, size)
 
 
 def _input_size(raw: Any) -> tuple[int, int] | None:

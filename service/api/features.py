@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter
@@ -14,7 +15,7 @@ from service.api.compression import coding_of
 from service.api.openapi import FEATURES_OPERATION, FEATURES_REPLY
 from service.api.reply import ChunkedReply
 from service.api.routes import LeanRoute
-from service.api.state import engine_of, visitor_of, while_connected
+from service.api.state import engine_of, name_of, visitor_of, while_connected
 from service.errors import TooLarge
 from service.protocol.coding import AS_IT_IS, IDENTITY
 from service.protocol.encode import (
@@ -29,7 +30,8 @@ from service.protocol.negotiate import JSON, negotiate
 from service.protocol.reply import FeatureReply
 
 if TYPE_CHECKING:
-    from service.runtime.engine import Engine, Shapes
+    from service.runtime.admission import Shapes, WeighReply
+    from service.runtime.engine import Engine
     from service.runtime.query import FeatureQuery, Prepared
 
 VARY = "Accept, Accept-Encoding"
@@ -67,10 +69,8 @@ def _options(intake: Intake, media_type: str) -> ReplyOptions:
 async def _answer(
     request: Request, engine: Engine, intake: Intake, media_type: str, options: ReplyOptions
 ) -> Response:
-    visitor = visitor_of(request)
-    prepared = await engine.prepare(
-        _query(intake), extra=f"{media_type} {options}", on_new=visitor.take_new_model
-    )
+    visitor, query = visitor_of(request), _query(intake, name_of(request))
+    prepared = await engine.prepare(query, extra=f"{media_type} {options}", on_new=visitor.take_new_model)
     # Weak: replies that are equal by their tag may differ in their timings and in their content coding.
     headers = {"ETag": f'W/"{prepared.fingerprint}"', "X-Model-ID": prepared.model_id, "Vary": VARY}
     if _matches(request.headers.get("if-none-match"), prepared.fingerprint):
@@ -78,20 +78,30 @@ async def _answer(
     if visitor.counts_pixels:
         visitor.take_pixels(await engine.pixels(prepared))
 
-    def refuse_reply(shapes: Shapes, names: Sequence[str]) -> None:
+    share = engine.memory.share(prepared.query.client)
+    with ExitStack() as held:
+        held.callback(share.let_go)
+        reply = await engine.extract(prepared, _weigher(engine, intake, media_type, options), share)
+        encoded = await _encoded(request, engine, reply, media_type, options)
+        engine.observe_stages({"encode": encoded.encode_ms / 1000})
+        headers |= {"Server-Timing": _server_timing(prepared, reply, encoded), **encoded.headers}
+        if encoded.coding != IDENTITY:
+            headers["Content-Encoding"] = encoded.coding
+        return ChunkedReply(encoded.chunks, headers, media_type, sent=held.pop_all().close)
+
+
+def _weigher(engine: Engine, intake: Intake, media_type: str, options: ReplyOptions) -> WeighReply:
+    """Says how many bytes a reply of some levels has, and refuses one that may not be sent."""
+    limit = engine.settings.max_reply_bytes
+
+    def weigh(shapes: Shapes, names: Sequence[str]) -> int:
         check_levels(names, media_type)
         expected = reply_bytes(shapes, intake.parameters.dtype, media_type, options.returns, options.encoding)
-        if expected > engine.settings.max_reply_bytes:
-            limit = engine.settings.max_reply_bytes
+        if expected > limit:
             raise TooLarge(f"the reply would be about {expected:,} bytes; the limit is {limit:,}")
+        return expected
 
-    reply = await engine.extract(prepared, refuse_reply)
-    encoded = await _encoded(request, engine, reply, media_type, options)
-    engine.observe_stages({"encode": encoded.encode_ms / 1000})
-    headers |= {"Server-Timing": _server_timing(prepared, reply, encoded), **encoded.headers}
-    if encoded.coding != IDENTITY:
-        headers["Content-Encoding"] = encoded.coding
-    return ChunkedReply(encoded.chunks, headers, media_type)
+    return weigh
 
 
 async def _encoded(
@@ -106,7 +116,7 @@ async def _encoded(
     return await engine.encode(lambda: encode(media_type, reply, options, coding))
 
 
-def _query(intake: Intake) -> FeatureQuery:
+def _query(intake: Intake, client_name: str) -> FeatureQuery:
     from service.runtime.query import FeatureQuery  # with torch, which the engine has imported by now
 
     asked = intake.parameters
@@ -121,6 +131,7 @@ def _query(intake: Intake) -> FeatureQuery:
         dtype=asked.dtype,
         pool=asked.pool,
         normalize=asked.normalize,
+        client=client_name,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -23,6 +23,9 @@ class ChunkedReply(Response):
 
     Starlette's streaming response watches for a client that leaves in a task group, which costs more than a small
     request's whole way through HTTP; here the server says so itself, for it stops taking what is sent.
+
+    Args:
+        sent: called once it has left, or its client has.
     """
 
     def __init__(
@@ -31,17 +34,26 @@ class ChunkedReply(Response):
         headers: Mapping[str, str],
         media_type: str,
         status_code: int = 200,
+        *,
+        sent: Callable[[], None],
     ) -> None:
         self.status_code = status_code
         self.media_type = media_type
         self.background = None
         self._chunks = chunks
+        self._sent = sent
         self._size = sum(map(len, chunks))
         self.init_headers({"Content-Length": str(self._size), **headers})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it all; done when the server has room again, so that a large body is in flight until it has left."""
         del scope, receive  # ASGI hands them to every reply
+        try:
+            await self._send(send)
+        finally:
+            self._sent()
+
+    async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         if self._size <= TRANSPORT_BYTES:
             await send({"type": "http.response.body", "body": b"".join(self._chunks)})

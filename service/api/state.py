@@ -39,6 +39,12 @@ def visitor_of(request: Request) -> Visitor:
     return visitor
 
 
+def name_of(request: Request) -> str:
+    """Whose request it is, for turns: the name of its key, or the address that it came from."""
+    peer = request.client.host if request.client is not None else ""
+    return str(request.scope.get("client_name") or peer)
+
+
 async def while_connected(request: Request, work: Awaitable[T]) -> T:
     """The result of `work`, which is cancelled when the client leaves. The body must have been read.
 

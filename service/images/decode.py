@@ -110,6 +110,50 @@ _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 _ON_ITS_SIDE = frozenset((5, 6, 7, 8))
 
 
+# What decoding holds for each pixel, at most: RGB, and a turned copy of it; Pillow keeps four bytes a pixel in up to
+# two modes, and hands over copies.
+_JPEG_BYTES, _PILLOW_BYTES = 6, 14
+
+
+@dataclass(frozen=True)
+class OpenedImage:
+    """One image file whose header is read and within its limits; no pixel of it is.
+
+    Attributes:
+        height: of the image upright, and so is `width`; where the file hides how it is turned until it is decoded, the
+            two may be the other way round.
+        decoded_bytes: what decoding holds at a time, at most.
+    """
+
+    width: int
+    height: int
+    decoded_bytes: int
+    _container: Container
+    _kind: _Format
+    _image: ImageFile | None
+    _index: int
+    _max_pixels: int
+
+    def decode(self, enough: Enough | None = None) -> DecodedImage:
+        """The pixels; as `decode_image`. To be called once."""
+        decoded = self._decode_jpeg(enough) if self._image is None else None
+        if decoded is not None:
+            return decoded
+        image = self._image or _opened_by_pillow(self._container, self._kind, self._index, self._max_pixels)
+        rgb = _upright_rgb(image, self._container.exif, self._kind, self._index, self._max_pixels)
+        return DecodedImage(rgb, rgb.shape[1], rgb.shape[0], self._kind.name)
+
+    def _decode_jpeg(self, enough: Enough | None) -> DecodedImage | None:
+        """None where Pillow should see the file."""
+        orientation = orientation_of(self._container.exif)
+        least = None if enough is None else enough(self.width, self.height)
+        stored = least[::-1] if least is not None and orientation in _ON_ITS_SIDE else least
+        pixels = decode_jpeg(self._container.data, stored)
+        if pixels is None:
+            return None
+        return DecodedImage(_upright(pixels, orientation), self.width, self.height, "JPEG")
+
+
 def decode_image(
     data: bytes | memoryview, *, index: int, max_pixels: int, enough: Enough | None = None
 ) -> DecodedImage:
@@ -131,12 +175,26 @@ def decode_image(
         UnsupportedMedia: another format, or pixels of 32 bits or floats.
         TooLarge: more than `max_pixels`, or more than 65500 on a side.
     """
+    return open_image(data, index=index, max_pixels=max_pixels).decode(enough)
+
+
+def open_image(data: bytes | memoryview, *, index: int, max_pixels: int) -> OpenedImage:
+    """Read the header of an image file: all that `decode_image` refuses without decoding is refused here."""
     _quiet_pillow()
     encoded = bytes(data)
     kind = _format_of(encoded, index)
     container = _read_container(encoded, kind, index)
-    image = _decoded_jpeg(container, index, max_pixels, enough) if kind.name == "JPEG" else None
-    return image or _decoded_by_pillow(container, kind, index, max_pixels)
+    size = jpeg_size(container.data) if kind.name == "JPEG" else None
+    if size is not None:
+        image, (height, width), bytes_a_pixel = None, size, _JPEG_BYTES
+        _refuse_large((width, height), index, max_pixels)
+    else:
+        image = _opened_by_pillow(container, kind, index, max_pixels)
+        (width, height), bytes_a_pixel = image.size, _PILLOW_BYTES
+    decoded_bytes = width * height * bytes_a_pixel
+    if orientation_of(container.exif) in _ON_ITS_SIDE:
+        width, height = height, width
+    return OpenedImage(width, height, decoded_bytes, container, kind, image, index, max_pixels)
 
 
 def image_size(data: bytes | memoryview, *, index: int, max_pixels: int) -> tuple[int, int]:
@@ -145,42 +203,17 @@ def image_size(data: bytes | memoryview, *, index: int, max_pixels: int) -> tupl
     Raises:
         UndecodableImage, UnsupportedMedia, TooLarge: as `decode_image` does for a header.
     """
-    _quiet_pillow()
-    encoded = bytes(data)
-    kind = _format_of(encoded, index)
-    container = _read_container(encoded, kind, index)
-    stored = jpeg_size(container.data) if kind.name == "JPEG" else None
-    size = container.size if stored is None else (stored[1], stored[0])
-    if size is None:
-        size = _opened(container.data, kind, index, max_pixels).size
-    _refuse_large(size, index, max_pixels)
-    return size[::-1] if orientation_of(container.exif) in _ON_ITS_SIDE else size
+    opened = open_image(data, index=index, max_pixels=max_pixels)
+    return opened.width, opened.height
 
 
-def _decoded_jpeg(
-    container: Container, index: int, max_pixels: int, enough: Enough | None
-) -> DecodedImage | None:
-    """None where Pillow should see the file."""
-    size = jpeg_size(container.data)
-    if size is None:
-        return None
-    _refuse_large((size[1], size[0]), index, max_pixels)
-    orientation = orientation_of(container.exif)
-    turned = orientation in _ON_ITS_SIDE
-    height, width = size[::-1] if turned else size
-    least = None if enough is None else enough(width, height)
-    pixels = decode_jpeg(container.data, least[::-1] if least is not None and turned else least)
-    return None if pixels is None else DecodedImage(_upright(pixels, orientation), width, height, "JPEG")
-
-
-def _decoded_by_pillow(container: Container, kind: _Format, index: int, max_pixels: int) -> DecodedImage:
+def _opened_by_pillow(container: Container, kind: _Format, index: int, max_pixels: int) -> ImageFile:
     if container.size is not None:
         _refuse_large(container.size, index, max_pixels)
     image = _opened(container.data, kind, index, max_pixels)
     _refuse_large(image.size, index, max_pixels)
     _refuse_pixel_type(image, index)
-    rgb = _upright_rgb(image, container.exif, kind, index, max_pixels)
-    return DecodedImage(rgb, rgb.shape[1], rgb.shape[0], kind.name)
+    return image
 
 
 def _format_of(data: bytes, index: int) -> _Format:
@@ -219,6 +252,8 @@ def _upright_rgb(image: ImageFile, exif: bytes, kind: _Format, index: int, max_p
         return _upright(np.asarray(_to_rgb(image)), orientation)
     except _BOMBS as error:
         raise _too_many_pixels(index, max_pixels) from error
+    except MemoryError:
+        raise  # sizes are checked before: it is the machine that has none left, and the file may be in order
     except _DECODER_ERRORS as error:
         raise _corrupt(kind, index) from error
 

@@ -6,6 +6,7 @@ import io
 import math
 import tokenize
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,37 +35,50 @@ HEADER_ERRORS = (
 )
 
 
-def read_npy(data: bytes, *, max_elements: int) -> npt.NDArray[np.float32]:
-    """The array of a `.npy` file (NumPy's NEP 1): float32 of either byte order, [n, c, h, w], C-contiguous.
+@dataclass(frozen=True)
+class OpenedTensor:
+    """One `.npy` whose header is read and agrees with its length: [n, c, h, w]. No number of it is read."""
 
-    Nothing is allocated before the shape is known to be that of the bytes that are there; objects are never read.
+    shape: tuple[int, int, int, int]
+    _data: bytes
+    _start: int
+    _dtype: np.dtype[Any]
+    _fortran_order: bool
+
+    @property
+    def bytes(self) -> int:
+        """Of the array that `read` makes."""
+        return math.prod(self.shape) * 4
+
+    def read(self) -> npt.NDArray[np.float32]:
+        """The array, C-contiguous, in memory of its own.
+
+        Raises:
+            MalformedBody: not all of it is finite.
+        """
+        flat = np.frombuffer(self._data, self._dtype, offset=self._start)
+        array = flat.reshape(self.shape, order="F" if self._fortran_order else "C")
+        tensor = np.array(array, dtype=np.float32, order="C")  # a copy of its own: the body is read-only
+        if not np.isfinite(tensor).all():
+            raise MalformedBody("the tensor holds NaN or infinity")
+        return tensor
+
+
+def open_npy(data: bytes, *, max_elements: int) -> OpenedTensor:
+    """The header of a `.npy` file (NumPy's NEP 1): float32 of either byte order, [n, c, h, w].
+
+    The shape is known to be that of the bytes that are there before anything is allocated; objects are never read.
 
     Raises:
-        MalformedBody: not a `.npy` of numbers, or not of this shape, or cut short, or longer, or not finite.
+        MalformedBody: not a `.npy` of numbers, or not of this shape, or cut short, or longer.
         UnsupportedMedia: numbers of another type, or a format version other than 1.0 and 2.0.
         TooLarge: more than `max_elements` numbers.
     """
     shape, fortran_order, dtype, start = _header(data)
     _check_dtype(dtype)
     _check_shape(shape, len(data) - start, max_elements)
-    flat = np.frombuffer(data, dtype, offset=start)
-    array = flat.reshape(shape, order="F" if fortran_order else "C")
-    tensor = np.array(array, dtype=np.float32, order="C")  # a copy of its own: the body is read-only
-    if not np.isfinite(tensor).all():
-        raise MalformedBody("the tensor holds NaN or infinity")
-    return tensor
-
-
-def npy_shape(data: bytes) -> tuple[int, ...]:
-    """The shape of a `.npy` file's tensor, [n, c, h, w]: that of the bytes that are there.
-
-    Raises:
-        MalformedBody, UnsupportedMedia: as for `read_npy`.
-    """
-    shape, _, dtype, start = _header(data)
-    _check_dtype(dtype)
-    _check_shape(shape, len(data) - start, len(data))
-    return shape
+    count, channels, height, width = shape
+    return OpenedTensor((count, channels, height, width), data, start, dtype, fortran_order)
 
 
 def _check_dtype(dtype: np.dtype[Any]) -> None:

@@ -41,6 +41,14 @@ def planned_size(width: int, height: int, spec: PreprocessSpec) -> Size:
     return (height, width) if spec.size is None else spec.size
 
 
+def resized_pixels(width: int, height: int, spec: PreprocessSpec) -> int:
+    """Pixels that an image of this size has at most while it is fitted; 0 where it stays as it is."""
+    if spec.size is None:
+        return 0
+    resized = RESIZED_SIZES[spec.mode]((height, width), spec)
+    return min(resized[0] * resized[1], MAX_RESIZED_PIXELS)
+
+
 def enough_pixels(width: int, height: int, spec: PreprocessSpec) -> Size:
     """[height, width] that a scaled decoding of an image of this size has at least, for `fast_decode`."""
     target = RESIZED_SIZES[spec.mode]((height, width), spec)

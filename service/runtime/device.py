@@ -17,6 +17,7 @@ from service.errors import CannotStart
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 CGROUP_CPU = Path("/sys/fs/cgroup/cpu.max")
 CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
+CGROUP_DETAILS = Path("/sys/fs/cgroup/memory.stat")
 
 
 def pick_device(name: str) -> torch.device:
@@ -52,12 +53,37 @@ def compute_in_float32() -> None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that are free on the device now; on a CPU within the container's own limit."""
+    """Bytes that are free on the device now; on a CPU within the container's own limit.
+
+    On CUDA what torch keeps for its next tensors is free, and in a container so are files that are only cached.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     available = int(psutil.virtual_memory().available)
     limit = _read_bytes(CGROUP_LIMIT)
-    return available if limit is None else min(available, limit - (_read_bytes(CGROUP_USED) or 0))
+    if limit is None:
+        return available
+    return min(available, limit - (_read_bytes(CGROUP_USED) or 0) + _cached_file_bytes())
+
+
+def total_bytes(device: torch.device) -> int:
+    """Bytes that the device has in all; on a CPU within the container's own limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    total = int(psutil.virtual_memory().total)
+    limit = _read_bytes(CGROUP_LIMIT)
+    return total if limit is None else min(total, limit)
+
+
+def _cached_file_bytes() -> int:
+    """Bytes of files that the container's own count has, and that the system drops first where it needs room."""
+    try:
+        lines = CGROUP_DETAILS.read_text().splitlines()
+    except OSError:
+        return 0
+    found = (line.split() for line in lines if line.startswith("inactive_file "))
+    return next((int(words[1]) for words in found), 0)
 
 
 def _read_bytes(path: Path) -> int | None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -18,29 +20,25 @@ from service.errors import DeadlineExceeded, InvalidConfig, ServiceError
 from service.metrics import Metrics
 from service.necks.catalogue import neck_registry
 from service.protocol.reply import FeatureReply, FloatArray, ModelInfo, Timings
+from service.runtime.admission import Admission, WeighReply, size_pointer
 from service.runtime.batcher import Batcher
 from service.runtime.device import available_cores, compute_in_float32, pick_device
 from service.runtime.device_images import Upload, Uploads
 from service.runtime.engines.openvino_engine import Threads
+from service.runtime.fair_threads import FairThreads
 from service.runtime.fetches import Fetches
 from service.runtime.hub_models import is_hub_model, with_architecture
-from service.runtime.intake import Batch, ByteBatch, Intake, Limits
+from service.runtime.intake import Batch, ByteBatch, Heads, Intake, Limits
+from service.runtime.memory import WorkMemory
 from service.runtime.model import NECK_PREFIX, LoadedModel, LoadedNeck, Weights, network_id
 from service.runtime.networks import Networks
 from service.runtime.pixels import count_pixels
-from service.runtime.plan import (
-    SIZE_ERRORS,
-    SIZE_POINTER,
-    LevelShape,
-    Plan,
-    Planner,
-    pooled_shapes,
-)
-from service.runtime.postprocess import refuse_pool
+from service.runtime.plan import SIZE_ERRORS, LevelShape, Plan, Planner
 from service.runtime.precision import ALL, native_precisions, refuse_emulated
 from service.runtime.promotion import EngineFailed
 from service.runtime.query import FeatureQuery, Prepared, fingerprint
 from service.runtime.report import model_info, reply_levels
+from service.runtime.shares import Share
 from service.runtime.threads import on_thread, until
 from service.runtime.work import DeviceRunner, Done, Work, WorkJob
 from service.settings import Settings
@@ -51,9 +49,10 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Shapes = Sequence[tuple[int, ...]]
 STUCK_AFTER_S = 120.0
 CONNECT_TIMEOUT_S = 3.0
+# How long a batch that found too little memory waits for idle models to be evicted.
+EVICTION_TIMEOUT_S = 10.0
 # Bytes of images whose digest takes less than handing them to another thread.
 MAX_DIGESTED_AT_ONCE = 200_000
 # Bytes of pixels whose copy to pinned memory takes less than handing them to another thread.
@@ -80,7 +79,7 @@ class Engine:
         self.planner = Planner(backbone_registry(), neck_registry(), ConfigCatalogue(settings.config_dir))
         self.store = _checkpoint_store(settings)
         self._codecs = ThreadPoolExecutor(settings.decode_threads or available_cores(), "codec")
-        self._plans = ThreadPoolExecutor(2, "planner")
+        self._plans = FairThreads(2, "planner")
         self._fetches = ThreadPoolExecutor(4, "fetch")
         self.checkpoints = Fetches(self.store, self._fetches)
         limits = Limits(settings.max_pixels, settings.max_images, settings.max_body_bytes // 4)
@@ -90,13 +89,16 @@ class Engine:
         self._uploads = Uploads(self.device)
         self.networks = Networks(settings, self.device, metrics)
         cores = available_cores()
+        lanes = 1 if self.networks.promotions is None else Threads.of(cores).streams
+        self.memory = WorkMemory(settings.work_memory, self.device, lanes, self.networks.evict_idle)
         self.batcher: Batcher[Work, Done] = Batcher(
-            DeviceRunner(settings.max_batch, cores),
-            lanes=1 if self.networks.promotions is None else Threads.of(cores).streams,
+            DeviceRunner(settings.max_batch, cores, self._make_room),
+            lanes=lanes,
             max_batch=settings.max_batch,
             queue_size=settings.queue_size,
             observe=self._observe_batch,
         )
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._warming: asyncio.Task[None] | None = None
         self._not_warm: str | None = "models are being loaded" if settings.warm else None
 
@@ -118,7 +120,8 @@ class Engine:
         plan = self._known(query)
         if plan is None:
             async with until(deadline, _not_resolved):
-                plan = await self.plan(query.backbone, query.neck, query.preprocess, on_new=on_new)
+                named = query.backbone, query.neck, query.preprocess
+                plan = await self.plan(query.client, *named, on_new=on_new)
         with named_in_errors(_name(query.backbone)):
             spec = plan.spec
         weights = await self._found(plan.weights, plan.type, deadline)
@@ -167,13 +170,14 @@ class Engine:
 
     async def plan(
         self,
+        client: str,
         backbone: Any,
         neck: Any = None,
         preprocess: Any = None,
         *,
         on_new: Callable[[], None] = lambda: None,
     ) -> Plan:
-        """A config, or the name of one, resolved.
+        """A config, or the name of one, resolved when it is this client's turn.
 
         Args:
             on_new: called if it was not resolved before.
@@ -192,11 +196,13 @@ class Engine:
             if known is not None:
                 return known
             on_new()
-            return await self.planning(self.planner.plan, backbone, neck, preprocess)
+            return await self.planning(client, self.planner.plan, backbone, neck, preprocess)
 
-    async def planning(self, function: Callable[P, T], *arguments: P.args, **keywords: P.kwargs) -> T:
-        """Run something that may build an architecture on the meta device."""
-        return await on_thread(self._plans, function, *arguments, **keywords)
+    async def planning(
+        self, client: str, function: Callable[P, T], *arguments: P.args, **keywords: P.kwargs
+    ) -> T:
+        """Run something that may build an architecture on the meta device, when it is this client's turn."""
+        return await on_thread(self._plans.of(client), function, *arguments, **keywords)
 
     async def _found(self, ref: WeightsRef | None, type_name: str, deadline: float) -> Weights | None:
         """The checkpoint that was asked for. The deadline ends the wait, not a download that goes on."""
@@ -208,30 +214,29 @@ class Engine:
         except TimeoutError as error:
             raise self.checkpoints.too_late(ref) from error
 
-    async def extract(
-        self, prepared: Prepared, refuse_reply: Callable[[Shapes, Sequence[str]], None]
-    ) -> FeatureReply:
+    async def extract(self, prepared: Prepared, weigh_reply: WeighReply, share: Share) -> FeatureReply:
         """Decode, run, and describe the levels of a prepared query.
 
         Args:
-            refuse_reply: given the shapes and names of the levels before anything is computed; raises if they
-                make no reply that may be sent.
+            weigh_reply: given the shapes and names of the levels before anything is decoded or computed; the bytes of
+                the reply, or raises if they make none that may be sent.
+            share: what the request has of the memory. It is the caller's, and holds what the reply takes afterwards.
         """
 
         def late() -> ServiceError:
             return DeadlineExceeded(f"the request took longer than {self.settings.request_timeout:g} s")
 
         clock = _Clock()
-        async with until(prepared.deadline, late):
-            batch = await self._batch(prepared)
-            levels = await self._levels(prepared, batch)
-            shapes = pooled_shapes(levels, len(batch.infos), prepared.query.pool)
-            refuse_reply(shapes, [level.fact.name for level in levels])
+        admission = self._admission(prepared, weigh_reply, share)
+        async with until(prepared.deadline, lambda: admission.late() or late()):
+            batch = await self._batch(prepared, admission)
+            levels = await admission.levels_for(len(batch.infos), _size(batch))
         clock.lap("decode")
         try:
-            done, described = await self._answered(prepared, batch, levels, clock, late)
+            done, described = await self._answered(prepared, batch, admission, levels, clock, late)
         except EngineFailed:  # it is not asked again, and torch is
-            done, described = await self._answered(prepared, batch, levels, clock, late)
+            done, described = await self._answered(prepared, batch, admission, levels, clock, late)
+        share.keep(admission.need.reply_bytes)
         self.observe_stages(clock.seconds)
         return FeatureReply(
             model=described,
@@ -241,10 +246,15 @@ class Engine:
             preprocess=None if prepared.query.tensor is not None else prepared.spec.as_json(),
         )
 
+    def _admission(self, prepared: Prepared, weigh_reply: WeighReply, share: Share) -> Admission:
+        threads = self._plans.of(prepared.query.client)
+        return Admission(prepared, share, self.memory, self.planner, threads, weigh_reply)
+
     async def _answered(
         self,
         prepared: Prepared,
         batch: Batch | ByteBatch,
+        admission: Admission,
         levels: tuple[LevelShape, ...],
         clock: _Clock,
         late: Callable[[], ServiceError],
@@ -257,7 +267,7 @@ class Engine:
         async with self.networks.leased(prepared, _size(batch)) as (_, model, neck):
             clock.lap("load")
             async with until(prepared.deadline, late):
-                done = await self._compute(prepared, batch, levels, model, neck)
+                done = await self._compute(prepared, batch, admission, levels, model, neck)
             clock.note("queue", done.queue_s)
             clock.note("forward", done.forward_s)
             return done, model_info(prepared, model, neck)
@@ -277,13 +287,13 @@ class Engine:
         """Run an encoder off the event loop."""
         return await on_thread(self._codecs, encode)
 
-    async def _batch(self, prepared: Prepared) -> Batch | ByteBatch:
+    async def _batch(self, prepared: Prepared, admission: Admission) -> Batch | ByteBatch:
         query, channels = prepared.query, prepared.plan.description.in_channels
         if query.tensor is not None:
-            return await self._intake.tensor(query.tensor, channels)
+            return await self._intake.tensor(query.tensor, channels, admission)
         if self._takes_bytes:
-            return await self._intake.byte_images(query.images, prepared.spec, channels)
-        return await self._intake.images(query.images, prepared.spec, channels)
+            return await self._intake.byte_images(query.images, prepared.spec, channels, admission)
+        return await self._intake.images(query.images, prepared.spec, channels, admission)
 
     async def _on_the_way(self, batch: Batch | ByteBatch) -> FloatArray | Upload:
         """What the device worker takes; bytes are sent ahead, so that they are there when their turn comes."""
@@ -293,27 +303,11 @@ class Engine:
             return self._uploads.begin(batch)
         return await on_thread(self._codecs, self._uploads.begin, batch)
 
-    async def _levels(self, prepared: Prepared, batch: Batch | ByteBatch) -> tuple[LevelShape, ...]:
-        """What the levels will be. What cannot run is refused here, before a model is loaded for it."""
-        plan = prepared.plan
-        height, width = batch.images.shape[2:]
-        made_for = plan.input_size
-        # A small image may be too small for some of the levels only, and would fail its neighbours in the batch.
-        is_small = height < made_for[0] or width < made_for[1]
-        exact = is_small or prepared.query.tensor is not None or prepared.spec.mode != "native"
-        levels = self.planner.known_levels(plan, (height, width))
-        if levels is None and exact:
-            pointer = _size_pointer(prepared.query)
-            levels = await self.planning(self.planner.levels_at, plan, (height, width), pointer)
-        elif levels is None:
-            levels = await self.planning(self.planner.levels_near, plan, (height, width))
-        refuse_pool(prepared.query.pool, [level.fact for level in levels], plan.description.prefix_tokens)
-        return levels
-
     async def _compute(
         self,
         prepared: Prepared,
         batch: Batch | ByteBatch,
+        admission: Admission,
         levels: Sequence[LevelShape],
         model: LoadedModel,
         neck: LoadedNeck | None,
@@ -332,17 +326,23 @@ class Engine:
             normalize=query.normalize,
             dtype=query.dtype,
             valid=batch.valid,
+            at_once=admission.need.at_once,
         )
         alike = tuple(sorted(set(plan.nodes))) if model.engine.by_nodes else ()
         group = (model.id, model.engine.name, batch.images.shape[1:], query.precision, alike)
         concurrent = model.engine.concurrent and neck is None
-        job: WorkJob = WorkJob(group, len(batch.infos), work, prepared.deadline, model.id, concurrent)
+        job: WorkJob = WorkJob(
+            group, len(batch.infos), work, prepared.deadline, model.id, concurrent, query.client
+        )
         try:
-            return await self.batcher.submit_async(job)
+            answer = self.batcher.submit_async(job)
+            admission.share.until(job.future)
+            return await answer
         except SIZE_ERRORS as error:
             height, width = batch.images.shape[2:]
             # Says so if it is the size that the architecture does not take; any other failure is ours.
-            await self.planning(self.planner.levels_at, plan, (height, width), _size_pointer(query))
+            pointer = size_pointer(query)
+            await self.planning(query.client, self.planner.levels_at, plan, (height, width), pointer)
             if await self.networks.distrust(model, (height, width)):
                 raise EngineFailed from error
             raise
@@ -365,9 +365,19 @@ class Engine:
         )
         async with self.networks.leased(prepared, _size(batch)) as (entry, model, neck):
             if fresh:  # so that the first real image does not pay for what is set up lazily
-                levels = await self._levels(prepared, batch)
-                await self._compute(prepared, batch, levels, model, neck)
+                await self._warm_up(prepared, batch, model, neck)
             return self.networks.describe(entry), fresh
+
+    async def _warm_up(
+        self, prepared: Prepared, batch: Batch, model: LoadedModel, neck: LoadedNeck | None
+    ) -> None:
+        share = self.memory.share(prepared.query.client)
+        try:
+            admission = self._admission(prepared, lambda _shapes, _names: 0, share)
+            await admission.in_turn(Heads(1, _size(batch), 0, batch.images.nbytes))
+            await self._compute(prepared, batch, admission, admission.levels, model, neck)
+        finally:
+            share.let_go()
 
     def model_list(self) -> dict[str, Any]:
         """What is in memory and what is on its way there, and the budget."""
@@ -385,6 +395,7 @@ class Engine:
 
     def start(self) -> None:
         """Begin to load the warm list."""
+        self._loop = asyncio.get_running_loop()
         if self.settings.warm and self._warming is None:
             self._warming = asyncio.create_task(self._warm())
 
@@ -399,6 +410,20 @@ class Engine:
                 return
             log.info("%s is loaded", name)
         self._not_warm = None
+
+    def _make_room(self) -> None:
+        """Have idle models evicted; called on the thread of a lane that found too little memory."""
+        if self._loop is None:
+            return
+        evicted = threading.Event()
+
+        def evict() -> None:
+            self.networks.evict_idle()
+            evicted.set()
+
+        with suppress(RuntimeError):  # the event loop has ended, and what it held with it
+            self._loop.call_soon_threadsafe(evict)
+            evicted.wait(EVICTION_TIMEOUT_S)
 
     def not_ready(self) -> str | None:
         """Why the service should not be sent requests; None when it should."""
@@ -421,7 +446,8 @@ class Engine:
             self._remote_images.stop()
         await self.networks.stop()
         await asyncio.to_thread(self.batcher.stop)
-        for executor in (self._codecs, self._plans, self._fetches):
+        self._plans.shutdown(cancel_futures=True)
+        for executor in (self._codecs, self._fetches):
             executor.shutdown(wait=False, cancel_futures=True)
 
     # --- numbers --------------------------------------------------------------------------------
@@ -445,6 +471,9 @@ class Engine:
         self.metrics.budget_bytes.set(self.networks.cache.budget_bytes)
         self.metrics.evictions.set(self.networks.cache.evictions)
         self.metrics.queue_images.set(self.batcher.waiting_images)
+        self.metrics.work_bytes.set(self.memory.shares.used)
+        self.metrics.work_limit_bytes.set(self.memory.shares.capacity)
+        self.metrics.work_waiting.set(self.memory.shares.waiting)
         self.metrics.downloads.set(len(self.store.transfers))
         self.metrics.fetched_bytes.set(self.store.fetched_bytes)
         return self.metrics.text()
@@ -454,11 +483,6 @@ def _size(batch: Batch | ByteBatch) -> tuple[int, int]:
     """[height, width] of what the network sees."""
     height, width = batch.images.shape[2:]
     return height, width
-
-
-def _size_pointer(query: FeatureQuery) -> str:
-    """Where a request says how large its images are."""
-    return SIZE_POINTER if query.tensor is None else "#/tensor"
 
 
 def _not_resolved() -> ServiceError:

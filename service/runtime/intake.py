@@ -7,26 +7,33 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Generic, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from service.config.preprocess import PreprocessSpec
 from service.errors import InvalidConfig, TooLarge
-from service.images.decode import DecodedImage, decode_image
-from service.images.tensors import read_npy
+from service.images.decode import DecodedImage, OpenedImage, open_image
+from service.images.tensors import OpenedTensor, open_npy
 from service.images.transforms import (
     TransformedImage,
     enough_pixels,
     fit_image,
     planned_size,
+    resized_pixels,
     scale_and_shift,
     stack_images,
     transform_image,
 )
 from service.protocol.reply import FloatArray, ImageInfo
-from service.runtime.threads import on_thread
+from service.runtime.shares import Share
+from service.runtime.threads import on_thread, on_thread_holding
+
+T = TypeVar("T")
+R = TypeVar("R")
+F = TypeVar("F", OpenedImage, OpenedTensor)
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,35 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Heads:
+    """What is known of a request's images before any is decoded.
+
+    Attributes:
+        size: [height, width] of what the network will see; of `native` images that hide how they are turned it may be
+            the other way round.
+        decoding_bytes: what decoding them side by side holds at a time beside the batch.
+        batch_bytes: what the batch holds.
+    """
+
+    images: int
+    size: tuple[int, int]
+    decoding_bytes: int
+    batch_bytes: int
+
+
+class Admission(Protocol):
+    """Who says when a request may take memory. `share` is what it has of it."""
+
+    share: Share
+
+    def now(self, heads: Heads) -> bool:
+        """Take what it needs at once, if that is there; asked on a thread."""
+
+    async def in_turn(self, heads: Heads) -> None:
+        """Take what it needs when its turn comes."""
+
+
+@dataclass(frozen=True)
 class _Image:
     transformed: TransformedImage
     width: int
@@ -80,63 +116,111 @@ class _Image:
     format: str
 
 
-T = TypeVar("T")
+@dataclass(frozen=True)
+class _Opened(Generic[F]):
+    """What is opened, and whether it may be decoded."""
+
+    files: Sequence[F]
+    heads: Heads
+    is_admitted: bool
+
+
 Transform = Callable[[DecodedImage, PreprocessSpec], TransformedImage]
 
 
 class Intake:
-    """Decodes and transforms on threads; whatever is wrong with an image fails its own request only."""
+    """Decodes and transforms on threads; whatever is wrong with an image fails its own request only.
+
+    Whoever gives an `admission` is asked once the headers are read and before anything is decoded.
+    """
 
     def __init__(self, executor: Executor, limits: Limits) -> None:
         self._executor = executor
         self._limits = limits
 
-    async def tensor(self, data: bytes, channels: int) -> Batch:
+    async def tensor(self, data: bytes, channels: int, admission: Admission | None = None) -> Batch:
         """The batch of an already normalised `.npy`.
 
         Raises:
             MalformedBody, UnsupportedMedia, TooLarge, InvalidConfig: what is wrong with it.
         """
-        return await on_thread(self._executor, self._read_tensor, data, channels)
+        begun = await self._run(admission, self._begin_tensor, data, channels, admission)
+        if isinstance(begun, Batch):
+            return begun
+        if admission is not None:
+            await admission.in_turn(begun.heads)
+        return await self._run(admission, _tensor_batch, begun.files[0])
 
-    async def images(self, encoded: Sequence[bytes], spec: PreprocessSpec, channels: int) -> Batch:
+    async def images(
+        self,
+        encoded: Sequence[bytes],
+        spec: PreprocessSpec,
+        channels: int,
+        admission: Admission | None = None,
+    ) -> Batch:
         """The batch of encoded images, decoded side by side.
 
         Raises:
             UndecodableImage, UnsupportedMedia, TooLarge, InvalidConfig: what is wrong with one of them.
         """
-        return await self._stacked(encoded, spec, channels, transform_image, partial(_batch, spec=spec))
+        _refuse_channels(channels)
+        form = _Form(spec, transform_image, partial(_batch, spec=spec), np.dtype(np.float32).itemsize)
+        return await self._stacked(encoded, form, admission)
 
-    async def byte_images(self, encoded: Sequence[bytes], spec: PreprocessSpec, channels: int) -> ByteBatch:
+    async def byte_images(
+        self,
+        encoded: Sequence[bytes],
+        spec: PreprocessSpec,
+        channels: int,
+        admission: Admission | None = None,
+    ) -> ByteBatch:
         """As `images`, but not yet normalised.
 
         Raises:
             UndecodableImage, UnsupportedMedia, TooLarge, InvalidConfig: what is wrong with one of them.
         """
-        return await self._stacked(encoded, spec, channels, fit_image, partial(_byte_batch, spec=spec))
+        _refuse_channels(channels)
+        form = _Form(spec, fit_image, partial(_byte_batch, spec=spec), np.dtype(np.uint8).itemsize)
+        return await self._stacked(encoded, form, admission)
 
-    async def _stacked(
-        self,
-        encoded: Sequence[bytes],
-        spec: PreprocessSpec,
-        channels: int,
-        transform: Transform,
-        stack: Callable[[Sequence[_Image]], T],
-    ) -> T:
-        """Decoded side by side, then stacked; one image is decoded and stacked in one go."""
-        if channels != 3:
-            detail = f"images have 3 channels, this backbone takes {channels}: send a tensor"
-            raise InvalidConfig("#/backbone", detail)
-        decode = partial(self._decode, spec=spec, transform=transform)
-        if len(encoded) == 1:
-            return await on_thread(self._executor, lambda: stack([decode(encoded[0], 0)]))
-        jobs = [on_thread(self._executor, decode, data, index) for index, data in enumerate(encoded)]
+    async def _stacked(self, encoded: Sequence[bytes], form: _Form[T], admission: Admission | None) -> T:
+        """Decoded side by side, then stacked; one image that may be decoded at once is done in one go."""
+        begun = await self._run(admission, self._begin, encoded, form, admission)
+        if not isinstance(begun, _Opened):
+            return begun
+        if admission is not None and not begun.is_admitted:
+            await admission.in_turn(begun.heads)
+        jobs = [self._run(admission, self._decode, opened, form) for opened in begun.files]
         decoded = await asyncio.gather(*jobs)
-        self._refuse_pixels([image.transformed.valid for image in decoded], spec.size_divisor)
-        return await on_thread(self._executor, stack, decoded)
+        self._refuse_pixels([image.transformed.valid for image in decoded], form.spec.size_divisor)
+        return await self._run(admission, form.stack, decoded)
 
-    def _read_tensor(self, data: bytes, channels: int) -> Batch:
-        tensor = read_npy(data, max_elements=self._limits.max_elements)
+    async def _run(
+        self, admission: Admission | None, function: Callable[P, R], *arguments: P.args, **keywords: P.kwargs
+    ) -> R:
+        """Run on a thread; what the request has of the memory stays its own until that is done."""
+        if admission is None:
+            return await on_thread(self._executor, function, *arguments, **keywords)
+        return await on_thread_holding(admission.share, self._executor, function, *arguments, **keywords)
+
+    def _begin(
+        self, encoded: Sequence[bytes], form: _Form[T], admission: Admission | None
+    ) -> _Opened[OpenedImage] | T:
+        opened = [
+            open_image(data, index=index, max_pixels=self._limits.max_pixels)
+            for index, data in enumerate(encoded)
+        ]
+        sizes = [planned_size(image.width, image.height, form.spec) for image in opened]
+        heads = _heads(opened, self._refuse_pixels(sizes, form.spec.size_divisor), form)
+        is_admitted = admission is None or admission.now(heads)
+        if is_admitted and len(opened) == 1:
+            return form.stack([self._decode(opened[0], form)])
+        return _Opened(opened, heads, is_admitted)
+
+    def _begin_tensor(
+        self, data: bytes, channels: int, admission: Admission | None
+    ) -> _Opened[OpenedTensor] | Batch:
+        tensor = open_npy(data, max_elements=self._limits.max_elements)
         count, found, height, width = tensor.shape
         if count > self._limits.max_images:
             raise TooLarge(f"{count} images exceed {self._limits.max_images} in one request")
@@ -144,23 +228,61 @@ class Intake:
             raise InvalidConfig(
                 "#/tensor", f"the tensor has {found} channels, this backbone takes {channels}"
             )
-        info = ImageInfo(width, height, "tensor", (height, width), (height, width))
-        return Batch(tensor, (info,) * count, None)
+        heads = Heads(count, (height, width), 0, tensor.bytes)
+        if admission is None or admission.now(heads):
+            return _tensor_batch(tensor)
+        return _Opened([tensor], heads, is_admitted=False)
 
-    def _decode(self, data: bytes, index: int, spec: PreprocessSpec, transform: Transform) -> _Image:
-        enough = partial(enough_pixels, spec=spec) if spec.fast_decode else None
-        image = decode_image(data, index=index, max_pixels=self._limits.max_pixels, enough=enough)
+    def _decode(self, opened: OpenedImage, form: _Form[T]) -> _Image:
+        spec = form.spec
+        image = opened.decode(partial(enough_pixels, spec=spec) if spec.fast_decode else None)
         self._refuse_pixels([planned_size(image.width, image.height, spec)], spec.size_divisor)
-        return _Image(transform(image, spec), image.width, image.height, image.format)
+        return _Image(form.transform(image, spec), image.width, image.height, image.format)
 
-    def _refuse_pixels(self, sizes: Sequence[Sequence[int]], divisor: int) -> None:
-        """Refuse images that together, padded to the largest, have more pixels than one request may."""
+    def _refuse_pixels(self, sizes: Sequence[Sequence[int]], divisor: int) -> tuple[int, int]:
+        """Refuse images that together, padded to the largest, have more pixels than one request may.
+
+        Returns:
+            [height, width] of each, padded.
+        """
         height, width = (-(-max(size[axis] for size in sizes) // divisor) * divisor for axis in (0, 1))
         pixels = len(sizes) * height * width
         if pixels > self._limits.max_pixels:
             count = f"{len(sizes)} images of " if len(sizes) > 1 else ""
             limit = f"{self._limits.max_pixels / 1e6:g} megapixels"
             raise TooLarge(f"{count}{width}x{height} after preprocessing exceed {limit}")
+        return height, width
+
+
+@dataclass(frozen=True)
+class _Form(Generic[T]):
+    """What a request's images become: how each is transformed and all are stacked, of numbers of so many bytes."""
+
+    spec: PreprocessSpec
+    transform: Transform
+    stack: Callable[[Sequence[_Image]], T]
+    number_bytes: int
+
+
+def _heads(opened: Sequence[OpenedImage], size: tuple[int, int], form: _Form[T]) -> Heads:
+    stacked = len(opened) * 3 * size[0] * size[1] * form.number_bytes
+    decoding = sum(
+        image.decoded_bytes + 3 * resized_pixels(image.width, image.height, form.spec) for image in opened
+    )
+    # several are all there beside the array that they are put into
+    return Heads(len(opened), size, decoding + (stacked if len(opened) > 1 else 0), stacked)
+
+
+def _refuse_channels(channels: int) -> None:
+    if channels != 3:
+        detail = f"images have 3 channels, this backbone takes {channels}: send a tensor"
+        raise InvalidConfig("#/backbone", detail)
+
+
+def _tensor_batch(tensor: OpenedTensor) -> Batch:
+    count, _, height, width = tensor.shape
+    info = ImageInfo(width, height, "tensor", (height, width), (height, width))
+    return Batch(tensor.read(), (info,) * count, None)
 
 
 def _batch(images: Sequence[_Image], spec: PreprocessSpec) -> Batch:

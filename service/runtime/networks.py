@@ -104,7 +104,7 @@ class Networks:
         load = partial(self.promotions.load, artefact, target)
         self._note_load(artefact.key, prepared.model_id, target.plan.type, target.weights)
         try:
-            return await self._lease(artefact.key, artefact.needed_bytes, load, prepared.deadline, stack)
+            return await self._lease(artefact.key, artefact.needed_bytes, load, prepared, stack)
         except ArtefactLost:
             self.promotions.lost(artefact, prepared.model_id)
             return None
@@ -116,7 +116,7 @@ class Networks:
         plan, weights, key = prepared.plan, prepared.weights, prepared.model_id
         self._note_load(key, key, plan.type, weights)
         build = partial(build_model, plan, weights, self._device)
-        entry = await self._lease(key, plan.description.bytes, build, prepared.deadline, stack)
+        entry = await self._lease(key, plan.description.bytes, build, prepared, stack)
         if self.promotions is not None and isinstance(entry.model, LoadedModel):
             entry.model.samples = self.promotions.samples_of(key)
             stack.callback(self.promotions.answered_by_torch, _target(prepared, size))
@@ -139,7 +139,7 @@ class Networks:
         key = network_id(plan.key, weights)
         self._note_load(key, key, plan.type, weights)
         build = partial(build_neck, plan, weights, self._device)
-        entry = await self._lease(key, plan.description.bytes, build, prepared.deadline, stack)
+        entry = await self._lease(key, plan.description.bytes, build, prepared, stack)
         assert isinstance(entry.model, LoadedNeck)
         return entry.model
 
@@ -148,13 +148,14 @@ class Networks:
         key: str,
         needed_bytes: int,
         build: Callable[[], LoadedNetwork],
-        deadline: float,
+        prepared: Prepared,
         stack: AsyncExitStack,
     ) -> Entry[LoadedNetwork]:
-        entry = self.cache.hold(key)
+        client = prepared.query.client
+        entry = self.cache.hold(key, client)
         if entry is None:
-            async with until(deadline, partial(_still, "loading")):
-                entry = await self.cache.acquire(key, needed_bytes, partial(self._counted, build))
+            async with until(prepared.deadline, partial(_still, "loading")):
+                entry = await self.cache.acquire(key, needed_bytes, partial(self._counted, build), client)
         stack.callback(self.cache.release, entry)
         return entry
 
@@ -181,6 +182,11 @@ class Networks:
     def holds(self, network_id: str) -> bool:
         """Whether a network is in memory, on any engine."""
         return any(entry.model.id == network_id for entry in self.cache)
+
+    def evict_idle(self) -> None:
+        """Drop what nobody uses and give its memory back; what the device keeps for itself too."""
+        if not self.cache.evict_idle():
+            return_freed_memory(self._device)
 
     def unload(self, network_id: str) -> bool:
         """Take a network out, whatever it runs on; True if it is gone at once, False if it goes with its last user.

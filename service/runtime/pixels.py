@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from service.config.preprocess import PreprocessSpec
 from service.images.decode import image_size
-from service.images.tensors import npy_shape
+from service.images.tensors import open_npy
 from service.images.transforms import planned_size
 from service.runtime.query import FeatureQuery
 
@@ -18,7 +18,7 @@ def count_pixels(query: FeatureQuery, spec: PreprocessSpec, max_pixels: int) -> 
         UndecodableImage, UnsupportedMedia, TooLarge, MalformedBody: as when it is decoded.
     """
     if query.tensor is not None:
-        count, _, height, width = npy_shape(query.tensor)
+        count, _, height, width = open_npy(query.tensor, max_elements=len(query.tensor)).shape
         return count * height * width
     sizes = [image_size(data, index=index, max_pixels=max_pixels) for index, data in enumerate(query.images)]
     return sum(max(width * height, _area(planned_size(width, height, spec))) for width, height in sizes)

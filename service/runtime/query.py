@@ -18,7 +18,8 @@ from service.runtime.postprocess import Pool
 class FeatureQuery:
     """What a client asks of `POST /features`, bounded but not yet resolved.
 
-    `urls` are where images are fetched from, by their index in `images`, which are empty there until then.
+    `urls` are where images are fetched from, by their index in `images`, which are empty there until then. Clients take
+    turns by `client`.
     """
 
     backbone: Any
@@ -31,6 +32,7 @@ class FeatureQuery:
     dtype: Literal["float32", "float16"] = "float32"
     pool: Pool = "none"
     normalize: bool = False
+    client: str = ""
 
     @property
     def bytes(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from service.config.spec import Layout, Level, Precision
-from service.errors import ServiceError
+from service.errors import OutOfMemory, ServiceError
 from service.necks.base import Neck
 from service.protocol.reply import FloatArray
 from service.runtime.batcher import Job, Pace
@@ -22,6 +22,7 @@ from service.runtime.host_copies import HostCopy, wait_for_copies
 from service.runtime.model import LoadedModel
 from service.runtime.plan import SIZE_ERRORS
 from service.runtime.postprocess import Pool, normalize_level, pool_level
+from service.runtime.shortage import as_shortage, is_shortage
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Work:
 
     The images are float32 on the host, or bytes on their way to the device. `names` and `layouts` are those of the
     levels before pooling. `valid` is each image's fraction of height and width that is not padding, None if nothing
-    is padding.
+    is padding. `at_once` is how many images a forward pass may hold for the memory that it takes.
     """
 
     model: LoadedModel
@@ -45,6 +46,7 @@ class Work:
     normalize: bool
     dtype: Literal["float32", "float16"]
     valid: tuple[tuple[float, float], ...] | None
+    at_once: int
 
 
 @dataclass(frozen=True)
@@ -63,20 +65,49 @@ Begun = tuple[HostCopy, ...] | BaseException
 class DeviceRunner:
     """Runs batches, each of one model.
 
+    A batch that finds too little memory is tried once more: with what idle models held, each request by itself, and
+    half as many images at once. A request that finds none even then fails alone.
+
     Args:
         max_batch: images in one forward pass; a request of more is split.
         cores: threads that torch may use.
+        make_room: gives back what it can of the device's memory; called on the thread of a lane.
     """
 
-    def __init__(self, max_batch: int, cores: int) -> None:
+    def __init__(self, max_batch: int, cores: int, make_room: Callable[[], None]) -> None:
         self._max_batch = max_batch
         self._cores = cores
+        self._make_room = make_room
 
     def __call__(self, jobs: Sequence[WorkJob], pace: Pace) -> list[Done | BaseException]:
         """Run one batch; the jobs share model, neck, input shape and precision."""
         started = time.monotonic()
         use_threads(self._threads(jobs[0], pace))
-        features = self._forward([job.payload for job in jobs], pace)
+        at_once = min(self._max_batch, sum(job.payload.at_once for job in jobs))
+        results = self._tried(jobs, pace, at_once, started)
+        short = [index for index, result in enumerate(results) if isinstance(result, OutOfMemory)]
+        if short:
+            self._make_room()
+        for index in short:
+            halved = max(1, min(at_once, jobs[index].images) // 2)
+            results[index] = self._tried([jobs[index]], pace, halved, started)[0]
+        return results
+
+    def _tried(
+        self, jobs: Sequence[WorkJob], pace: Pace, at_once: int, started: float
+    ) -> list[Done | BaseException]:
+        """The results of one attempt, those that found too little memory among them."""
+        try:
+            return self._run(jobs, pace, at_once, started)
+        except (MemoryError, RuntimeError) as error:
+            if not is_shortage(error):
+                raise
+            return [as_shortage(error) for _ in jobs]
+
+    def _run(
+        self, jobs: Sequence[WorkJob], pace: Pace, at_once: int, started: float
+    ) -> list[Done | BaseException]:
+        features = self._forward([job.payload for job in jobs], pace, at_once)
         begun: list[Begun] = []
         first = 0
         for job in jobs:
@@ -92,14 +123,14 @@ class DeviceRunner:
         gains = job.payload.neck is not None or job.payload.model.engine.gains_by_threads
         return self._cores if owns_torch and gains else 1
 
-    def _forward(self, works: Sequence[Work], pace: Pace) -> dict[str, Tensor]:
+    def _forward(self, works: Sequence[Work], pace: Pace, at_once: int) -> dict[str, Tensor]:
         """Features of all images; levels that any of the requests asks for."""
         model, precision = works[0].model, works[0].precision
         nodes = tuple(dict.fromkeys(level.node for work in works for level in work.levels))
         images = _joined([work.images for work in works])
         chunks = [
-            model.engine.run(images[first : first + self._max_batch], nodes, precision, crowded=pace.crowded)
-            for first in range(0, len(images), self._max_batch)
+            model.engine.run(images[first : first + at_once], nodes, precision, crowded=pace.crowded)
+            for first in range(0, len(images), at_once)
         ]
         if model.samples is not None:
             model.samples.offer(images, chunks[0], precision)
@@ -130,8 +161,8 @@ def _begin(work: Work, features: dict[str, Tensor]) -> Begun:
     try:
         with torch.inference_mode():
             return _levels(work, features)
-    except (ServiceError, *SIZE_ERRORS) as error:  # a neck does not take every size
-        return error
+    except (ServiceError, MemoryError, *SIZE_ERRORS) as error:  # a neck does not take every size
+        return as_shortage(error) if is_shortage(error) else error
 
 
 def _finish(job: WorkJob, begun: Begun, started: float) -> Done | BaseException:

@@ -23,7 +23,7 @@ from service.checkpoints.read import read_checkpoint
 from service.config.preprocess import PreprocessSpec, parse_preprocess, resolve_preprocess
 from service.errors import ServiceError
 from service.images.decode import decode_image
-from service.images.tensors import read_npy
+from service.images.tensors import open_npy
 from service.images.transforms import transform_image
 from service.protocol.request import parse_json_body
 from tests.fuzz.strategies import FILES, THIN
@@ -54,7 +54,7 @@ def decode(data: bytes) -> None:
 def array(data: bytes) -> None:
     """A `.npy` of float32."""
     with suppress(ServiceError):
-        tensor = read_npy(data, max_elements=MAX_ELEMENTS)
+        tensor = open_npy(data, max_elements=MAX_ELEMENTS).read()
         assert tensor.dtype == np.float32
         assert tensor.ndim == 4
         assert np.isfinite(tensor).all()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from service.errors import MalformedBody, ServiceError, TooLarge, UnsupportedMedia
-from service.images.tensors import read_npy
+from service.images.tensors import open_npy
 
 LIMIT = 1_000_000
 
@@ -39,7 +39,7 @@ def tensor():
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("dtype", ["<f4", ">f4"])
 def test_float32_of_any_order_is_read(tensor, version, order, dtype):
-    read = read_npy(npy(np.asarray(tensor, dtype, order=order), version), max_elements=LIMIT)
+    read = open_npy(npy(np.asarray(tensor, dtype, order=order), version), max_elements=LIMIT).read()
     np.testing.assert_array_equal(read, tensor)
     assert read.dtype == np.dtype(np.float32)
     assert read.dtype.isnative
@@ -50,19 +50,19 @@ def test_float32_of_any_order_is_read(tensor, version, order, dtype):
 @pytest.mark.parametrize("dtype", ["f2", "f8", "i4", "u1", "c8", "?"])
 def test_other_numbers_are_not_served(tensor, dtype):
     with pytest.raises(UnsupportedMedia, match="float32"):
-        read_npy(npy(tensor.astype(dtype)), max_elements=LIMIT)
+        open_npy(npy(tensor.astype(dtype)), max_elements=LIMIT).read()
 
 
 def test_objects_are_never_unpickled():
     array = np.empty((1, 1, 1, 1), object)
     with pytest.raises(MalformedBody, match="not an array of numbers"):
-        read_npy(npy(array, allow_pickle=True), max_elements=LIMIT)
+        open_npy(npy(array, allow_pickle=True), max_elements=LIMIT).read()
 
 
 @pytest.mark.parametrize("descr", ["[('a', '<f4')]", "'S4'", "'U1'", "'M8[s]'", "'V4'", "('<f4', (2,))"])
 def test_what_is_not_a_number_is_malformed(descr):
     with pytest.raises(MalformedBody):
-        read_npy(with_header(header_of("(1, 1, 1, 1)", descr), b"\0" * 8), max_elements=LIMIT)
+        open_npy(with_header(header_of("(1, 1, 1, 1)", descr), b"\0" * 8), max_elements=LIMIT).read()
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_what_is_not_a_number_is_malformed(descr):
 )
 def test_missing_and_trailing_bytes_are_malformed(tensor, change):
     with pytest.raises(MalformedBody):
-        read_npy(change(npy(tensor)), max_elements=LIMIT)
+        open_npy(change(npy(tensor)), max_elements=LIMIT).read()
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_missing_and_trailing_bytes_are_malformed(tensor, change):
 )
 def test_impossible_shapes_are_malformed(shape):
     with pytest.raises(MalformedBody):
-        read_npy(with_header(header_of(shape), b"\0" * 4), max_elements=LIMIT)
+        open_npy(with_header(header_of(shape), b"\0" * 4), max_elements=LIMIT).read()
 
 
 @pytest.mark.parametrize(
@@ -123,30 +123,30 @@ def test_impossible_shapes_are_malformed(shape):
 )
 def test_a_broken_header_is_malformed(data):
     with pytest.raises(MalformedBody):
-        read_npy(data, max_elements=LIMIT)
+        open_npy(data, max_elements=LIMIT).read()
 
 
 def test_unknown_versions_are_not_served(tensor):
     with pytest.raises(UnsupportedMedia, match="version"):
-        read_npy(npy(tensor, (3, 0)), max_elements=LIMIT)
+        open_npy(npy(tensor, (3, 0)), max_elements=LIMIT).read()
 
 
 def test_more_numbers_than_allowed_are_too_large(tensor):
     with pytest.raises(TooLarge, match="120 numbers; the limit is 119"):
-        read_npy(npy(tensor), max_elements=119)
-    assert read_npy(npy(tensor), max_elements=120).shape == tensor.shape
+        open_npy(npy(tensor), max_elements=119).read()
+    assert open_npy(npy(tensor), max_elements=120).shape == tensor.shape
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_nan_and_infinity_are_named(tensor, value):
     tensor[1, 2, 3, 4] = value
     with pytest.raises(MalformedBody, match="NaN or infinity"):
-        read_npy(npy(tensor), max_elements=LIMIT)
+        open_npy(npy(tensor), max_elements=LIMIT).read()
 
 
 def outcome_of(data):
     try:
-        return read_npy(data, max_elements=LIMIT)
+        return open_npy(data, max_elements=LIMIT).read()
     except ServiceError as error:
         return error
 

@@ -93,6 +93,7 @@ def job(plan: Plan, model: LoadedModel, images: np.ndarray | Upload, count: int)
         normalize=False,
         dtype="float32",
         valid=None,
+        at_once=count,
     )
     return WorkJob("group", count, work, deadline=float("inf"))
 
@@ -105,14 +106,17 @@ def done(result: Done | BaseException) -> Done:
 @pytest.mark.parametrize("device", DEVICES)
 async def test_tensors_and_bytes_share_a_batch(tmp_path: Path, device: str) -> None:
     engine = Engine(settings_for(tmp_path, device=device), Metrics())
-    plan = await engine.plan(SMALL)
+    plan = await engine.plan("me", SMALL)
     model = build_model(plan, None, torch.device(device))
     spec = resolve_preprocess(parse_preprocess({"size": 64}), [])
     with ThreadPoolExecutor(1) as executor:
         intake = Intake(executor, Limits(10**6, 8, 10**7))
         batch: ByteBatch = await intake.byte_images(photos((80, 64), (64, 99)), spec, 3)
     tensor = np.random.default_rng(0).standard_normal((1, 3, 64, 64), np.float32)
-    runner, uploads = DeviceRunner(max_batch=2, cores=1), Uploads(torch.device(device))
+    runner, uploads = (
+        DeviceRunner(max_batch=2, cores=1, make_room=lambda: None),
+        Uploads(torch.device(device)),
+    )
     jobs = [job(plan, model, tensor, 1), job(plan, model, uploads.begin(batch), 2)]
     together = runner(jobs, Pace(0, crowded=False))
     for alone, shared in zip(jobs, together, strict=True):

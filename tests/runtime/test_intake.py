@@ -65,7 +65,7 @@ async def test_many_images_are_decoded_side_by_side_and_stay_in_order(
 ) -> None:
     files = [image(100 + step, 80) for step in range(5)]
     batch = await intake.images(files, spec_of(size=32), 3)
-    assert executor.jobs == 6
+    assert executor.jobs == 7  # the headers, the images, and putting them together
     assert [info.width for info in batch.infos] == [100, 101, 102, 103, 104]
     for position, file in enumerate(files):
         alone = await intake.images([file], spec_of(size=32), 3)

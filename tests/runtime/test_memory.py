@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.conftest import multipart
+from tests.conftest import encoded, multipart
 from tests.processes import Process, Start
 
 MEGABYTE = 2**20
@@ -61,3 +61,29 @@ def test_many_configs_through_a_small_budget_do_not_add_up(start: Start) -> None
     for width in range(42, 72):
         ask(process, {"type": "ResNet", "depth": 18, "base_channels": width})
     assert process.resident_bytes() - before < 60 * MEGABYTE
+
+
+def test_a_pass_that_finds_no_memory_fails_alone_after_idle_models_made_room(start: Start) -> None:
+    process = start("--work-memory", "16000000000", "--max-pixels", "40000000")
+    ask(process, {"type": "ResNet", "depth": 18})
+    ask(process, {"type": "ResNet", "depth": 34})
+    picture = encoded(np.zeros((2000, 3000, 3), np.uint8), "JPEG")
+    large = multipart({"type": "ResNet", "depth": 18}, picture, preprocess={"mode": "native"})
+    process.allow_more_memory(250 * MEGABYTE)
+    refused = process.http.post("/features", **large)
+    assert (refused.status_code, refused.json()["type"]) == (503, "/problems/out-of-memory")
+    assert int(refused.headers["Retry-After"]) >= 1
+    assert len(process.http.get("/models").json()["models"]) == 1
+    ask(process, {"type": "ResNet", "depth": 18})
+    assert process.http.get("/healthz").status_code == 200
+
+
+def test_a_model_that_finds_no_memory_is_refused_and_the_others_answer(start: Start) -> None:
+    process = start("--model-budget", "8000000000")
+    ask(process, {"type": "ResNet", "depth": 18})
+    wide = {"type": "ResNet", "depth": 152, "base_channels": 128}
+    process.allow_more_memory(200 * MEGABYTE)
+    refused = process.http.post("/models", json={"backbone": wide})
+    assert (refused.status_code, refused.json()["type"]) == (503, "/problems/out-of-memory")
+    ask(process, {"type": "ResNet", "depth": 18})
+    assert process.http.get("/models").json()["budget"]["used"] < 100 * MEGABYTE
