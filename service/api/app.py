@@ -16,7 +16,6 @@ from service.api import backbones, configs, docs, features, health, models
 from service.api.access import Access, AccessMiddleware
 from service.api.compression import CompressionMiddleware
 from service.api.draining import DrainMiddleware
-from service.api.forwarded import ForwardedMiddleware, PrefixMiddleware
 from service.api.errors import (
     on_crash,
     on_http_exception,
@@ -24,6 +23,7 @@ from service.api.errors import (
     on_service_error,
     on_validation_error,
 )
+from service.api.forwarded import ForwardedMiddleware, PrefixMiddleware
 from service.api.limits import BodyLimits, LimitsMiddleware
 from service.api.middleware import ServiceMiddleware
 from service.api.openapi import TAGS, DescribedApp, operation_id
