@@ -37,7 +37,13 @@ class Entry(Generic[M]):
     leases: int = 0
     hits: int = 0
     last_used: float = field(default_factory=time.time)
+    used_at: float = field(default_factory=time.monotonic)
     doomed: bool = False
+
+    def touch(self) -> None:
+        """Note a use: `last_used` to be shown, `used_at` to decide, as no clock that is set back can mislead it."""
+        self.last_used = time.time()
+        self.used_at = time.monotonic()
 
 
 @dataclass(eq=False)
@@ -140,7 +146,7 @@ class ModelCache(Generic[M]):
         if entry is not None:
             entry.leases += 1
             entry.hits += 1
-            entry.last_used = time.time()
+            entry.touch()
             entry.client = client
         return entry
 
@@ -171,7 +177,7 @@ class ModelCache(Generic[M]):
     def release(self, entry: Entry[M]) -> None:
         """Give back what `hold` or `acquire` gave."""
         entry.leases -= 1
-        entry.last_used = time.time()
+        entry.touch()
         if entry.doomed and entry.leases == 0:
             self._doomed_bytes -= entry.bytes
             self._forget(entry)
@@ -231,7 +237,7 @@ class ModelCache(Generic[M]):
                 used[entry.client] += entry.bytes
             heaviest = max((entry.client for entry in idle), key=lambda client: used[client])
             idle = [entry for entry in idle if entry.client == heaviest]
-        return sorted(idle, key=lambda entry: entry.last_used)
+        return sorted(idle, key=lambda entry: entry.used_at)
 
     def _age_s(self, entry: Entry[M]) -> float:
         return time.monotonic() - entry.loaded_at

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -207,6 +208,17 @@ async def test_unload_waits_for_the_last_user(make) -> None:
     assert cache.used_bytes == 0
     await use(cache, "a")
     assert cache.unload("a") is True
+
+
+async def test_a_clock_that_is_set_back_does_not_make_the_newest_model_the_oldest(
+    make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, hour_ago = make(budget=80), time.time() - 3600
+    await use(cache, "old")
+    monkeypatch.setattr(time, "time", lambda: hour_ago)
+    await use(cache, "new")
+    await use(cache, "next")
+    assert keys(cache) == {"new", "next"}
 
 
 # --- clients ------------------------------------------------------------------------------------
