@@ -52,6 +52,12 @@ class SlowRequest(ServiceError):
     title = "The request came too slowly"
 
 
+class InvalidHeader(ServiceError):
+    """A header of the request is malformed."""
+
+    title = "A header cannot be read"
+
+
 class UndecodableImage(ServiceError):
     """An image is empty, truncated or corrupt."""
 

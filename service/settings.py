@@ -155,7 +155,21 @@ class Settings(BaseSettings):
     max_batch: int = Field(
         16, ge=1, le=1024, description="images in one forward pass at most; how many pay is learned"
     )
+    max_requests: int = Field(512, ge=1, description="requests that may be in flight")
+    max_wait: float = Field(
+        5.0,
+        gt=0,
+        description="seconds a request may be expected to wait for its turn; more is refused at once",
+    )
     request_timeout: float = Field(30.0, gt=0, description="seconds a request may take")
+    stuck_after: float = Field(
+        120.0, gt=0, description="seconds that one batch or image may take before /healthz fails"
+    )
+    drain_delay: float = Field(
+        0.0,
+        ge=0,
+        description="seconds after SIGTERM in which requests are still served, for gateways to notice",
+    )
     drain_seconds: float = Field(10.0, ge=0, description="seconds to finish what is in flight at shutdown")
     decode_threads: int = Field(
         0, ge=0, le=256, description="threads that decode and encode; 0 is one a core"

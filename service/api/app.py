@@ -14,8 +14,9 @@ from starlette.responses import Response
 
 from service.api import backbones, configs, docs, features, health, models
 from service.api.access import Access, AccessMiddleware
+from service.api.admission import AdmissionMiddleware
 from service.api.compression import CompressionMiddleware
-from service.api.draining import DrainMiddleware
+from service.api.draining import Drain
 from service.api.errors import (
     on_crash,
     on_http_exception,
@@ -76,7 +77,8 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
         redirect_slashes=False,  # the address of a redirect would be made of the client's own Host header
     )
     app.state.access = Access(settings, metrics)
-    app.state.startup = Startup(settings, metrics, engine)
+    app.state.drain = drain = Drain()
+    app.state.startup = Startup(settings, metrics, drain, engine)
     for routes in (features, backbones, configs, models, health, docs):
         app.include_router(routes.router)
     docs.mount_assets(app)
@@ -85,7 +87,12 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     app.add_middleware(CompressionMiddleware)
     app.add_middleware(LimitsMiddleware, limits=BodyLimits.of(settings), metrics=metrics)
     app.add_middleware(AccessMiddleware, access=app.state.access)
-    app.add_middleware(DrainMiddleware)
+    app.add_middleware(
+        AdmissionMiddleware,
+        drain=drain,
+        request_timeout_s=settings.request_timeout,
+        max_requests=settings.max_requests,
+    )
     app.add_middleware(ServiceMiddleware, metrics=metrics)
     app.add_middleware(
         ForwardedMiddleware, proxies=settings.forwarded_allow_ips, root_path=settings.root_path

@@ -13,8 +13,9 @@ from service.api.bodies import read_json_object
 from service.api.forwarded import address
 from service.api.openapi import INSPECT_OPERATION, INSPECT_REPLY, TYPE_REPLY, TYPES_REPLY
 from service.api.reply import json_reply
-from service.api.state import engine_of, name_of, visitor_of, while_connected
+from service.api.state import deadline_of, engine_of, name_of, visitor_of, while_connected
 from service.errors import InvalidConfig
+from service.runtime.threads import until
 
 if TYPE_CHECKING:
     from service.runtime.engine import Engine
@@ -66,7 +67,8 @@ async def get_backbone(
     from service.runtime.inspect import type_page
 
     page = engine.planning(name_of(request), type_page, engine.planner, type, address(request, PAGES))
-    return json_reply(await page)
+    async with until(deadline_of(request)):
+        return json_reply(await page)
 
 
 @router.post(
@@ -78,11 +80,13 @@ async def get_backbone(
 )
 async def post_inspect(request: Request) -> Response:
     """Levels, parameters, bytes and frozen names of a config; no weights are made and no image is needed."""
-    body = await read_json_object(request, ("backbone", "neck", "input_size"), required="backbone")
-    size = _input_size(body.get("input_size"))
+    engine = await engine_of(request)
     asker = name_of(request), visitor_of(request).take_new_model
-    found = _inspected(await engine_of(request), asker, body["backbone"], body.get("neck"), size)
-    return json_reply(await while_connected(request, found))
+    async with until(deadline_of(request)):
+        body = await read_json_object(request, ("backbone", "neck", "input_size"), required="backbone")
+        size = _input_size(body.get("input_size"))
+        found = _inspected(engine, asker, body["backbone"], body.get("neck"), size)
+        return json_reply(await while_connected(request, found))
 
 
 async def _inspected(

@@ -1,24 +1,41 @@
-"""Refuses what comes while the service is on its way out; probes go on."""
+"""What the service does on its way out, and the requests that it still has to answer."""
 
 from __future__ import annotations
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+import asyncio
+from dataclasses import dataclass, field
 
-from service.api.errors import problem_response
 from service.errors import Draining
 
-PROBES = ("/healthz", "/readyz", "/metrics")
+
+def draining() -> Draining:
+    """What a request is told that is not served any more."""
+    return Draining("the service is shutting down")
 
 
-class DrainMiddleware:
-    """Pure ASGI."""
+@dataclass(eq=False)
+class Drain:
+    """First it is `leaving`: not ready any more, and every reply closes its connection. Then it is `refusing` too.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    `in_flight` are the tasks of requests that were let in. `leave` may be called by a signal handler.
+    """
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["app"].state.startup.refuses and scope["path"] not in PROBES:
-            refusal = problem_response(Draining("the service is shutting down"), scope["request_id"])
-            await refusal(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
+    leaving: bool = False
+    refusing: bool = False
+    is_over: bool = False
+    in_flight: set[asyncio.Task[object]] = field(default_factory=set)
+
+    def leave(self) -> None:
+        """Tell load balancers; serve on."""
+        self.leaving = True
+
+    def refuse(self) -> None:
+        """Take nothing new."""
+        self.leaving = self.refusing = True
+
+    def cut_off(self) -> None:
+        """End what is still in flight: its clients are told that the service is shutting down."""
+        self.refuse()
+        self.is_over = True
+        for task in self.in_flight:
+            task.cancel()

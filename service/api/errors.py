@@ -23,6 +23,7 @@ log = logging.getLogger("service.errors")
 STATUS: Mapping[type[errors.ServiceError], int] = {
     errors.MalformedBody: 400,
     errors.MalformedRequest: 400,
+    errors.InvalidHeader: 400,
     errors.UndecodableImage: 400,
     errors.Unauthenticated: 401,
     errors.Forbidden: 403,

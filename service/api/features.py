@@ -15,7 +15,7 @@ from service.api.compression import coding_of
 from service.api.openapi import FEATURES_OPERATION, FEATURES_REPLY
 from service.api.reply import ChunkedReply
 from service.api.routes import LeanRoute
-from service.api.state import engine_of, name_of, visitor_of, while_connected
+from service.api.state import deadline_of, engine_of, name_of, visitor_of, while_connected
 from service.errors import TooLarge
 from service.protocol.coding import AS_IT_IS, IDENTITY
 from service.protocol.encode import (
@@ -28,6 +28,7 @@ from service.protocol.encode import (
 )
 from service.protocol.negotiate import JSON, negotiate
 from service.protocol.reply import FeatureReply
+from service.runtime.threads import until
 
 if TYPE_CHECKING:
     from service.runtime.admission import Shapes, WeighReply
@@ -53,7 +54,8 @@ async def post_features(request: Request) -> Response:
     """
     engine = await engine_of(request)
     media_type = negotiate(request.headers.get("accept"))
-    intake = await read_features_request(request, engine.settings)
+    async with until(deadline_of(request)):
+        intake = await read_features_request(request, engine.settings)
     return await while_connected(
         request, _answer(request, engine, intake, media_type, _options(intake, media_type))
     )
@@ -70,13 +72,15 @@ async def _answer(
     request: Request, engine: Engine, intake: Intake, media_type: str, options: ReplyOptions
 ) -> Response:
     visitor, query = visitor_of(request), _query(intake, name_of(request))
-    prepared = await engine.prepare(query, extra=f"{media_type} {options}", on_new=visitor.take_new_model)
+    deadline, extra = deadline_of(request), f"{media_type} {options}"
+    prepared = await engine.prepare(query, deadline, extra=extra, on_new=visitor.take_new_model)
     # Weak: replies that are equal by their tag may differ in their timings and in their content coding.
     headers = {"ETag": f'W/"{prepared.fingerprint}"', "X-Model-ID": prepared.model_id, "Vary": VARY}
     if _matches(request.headers.get("if-none-match"), prepared.fingerprint):
         return Response(status_code=304, headers=headers)
     if visitor.counts_pixels:
-        visitor.take_pixels(await engine.pixels(prepared))
+        async with until(deadline):
+            visitor.take_pixels(await engine.pixels(prepared))
 
     share = engine.memory.share(prepared.query.client)
     with ExitStack() as held:
@@ -113,7 +117,8 @@ async def _encoded(
     coding = AS_IT_IS if accepted.is_habit else accepted
     if coding == AS_IT_IS and is_quick(media_type, reply, options):
         return encode(media_type, reply, options)
-    return await engine.encode(lambda: encode(media_type, reply, options, coding))
+    async with until(deadline_of(request)):
+        return await engine.encode(lambda: encode(media_type, reply, options, coding))
 
 
 def _query(intake: Intake, client_name: str) -> FeatureQuery:

@@ -12,7 +12,8 @@ from service.api.bodies import read_json_object
 from service.api.forwarded import address
 from service.api.openapi import LOAD_OPERATION, LOAD_REPLY, MODELS_REPLY, UNLOAD_REPLY
 from service.api.reply import json_reply
-from service.api.state import engine_of, visitor_of
+from service.api.state import deadline_of, engine_of, visitor_of, while_connected
+from service.runtime.threads import until
 
 router = APIRouter(tags=["models"])
 
@@ -38,10 +39,13 @@ async def get_models(request: Request) -> Response:
 )
 async def post_models(request: Request) -> Response:
     """Load and warm what a config builds; 201 when it is there, 200 when it already was."""
-    body = await read_json_object(request, ("backbone", "neck", "preprocess"), required="backbone")
+    deadline = deadline_of(request)
+    async with until(deadline):
+        body = await read_json_object(request, ("backbone", "neck", "preprocess"), required="backbone")
     engine = await engine_of(request)
     on_new = visitor_of(request).take_new_model
-    entry, fresh = await engine.load(body["backbone"], body.get("neck"), body.get("preprocess"), on_new)
+    load = engine.load(body["backbone"], body.get("neck"), body.get("preprocess"), deadline, on_new)
+    entry, fresh = await while_connected(request, load)
     location = address(request, f"/models/{entry['id']}")
     return json_reply(entry, 201 if fresh else 200, {"Location": location, "X-Model-ID": entry["id"]})
 

@@ -431,6 +431,14 @@ RAW_QUERY: Spec = {
         "raw": {"summary": "raw body", "value": {"backbone": RESNET18_TEXT, "pool": "avg"}},
     },
 }
+REQUEST_TIMEOUT: Spec = {
+    "name": "X-Request-Timeout",
+    "in": "header",
+    "required": False,
+    "description": "seconds in which the reply is wanted, such as 2.5; shortens the service's own deadline",
+    "schema": {"type": "string", "pattern": r"^[1-9][0-9]{0,8}(\.[0-9]{1,9})?$"},
+    "example": "30",
+}
 FEATURES_OPERATION: Spec = {
     "requestBody": {
         "required": True,
@@ -459,7 +467,7 @@ FEATURES_OPERATION: Spec = {
             "application/x-npy": {"schema": BINARY},
         },
     },
-    "parameters": [RAW_QUERY],
+    "parameters": [RAW_QUERY, REQUEST_TIMEOUT],
 }
 
 

@@ -10,8 +10,10 @@ import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from service.errors import CannotStart, Draining, Starting, Unavailable
+from service.api.draining import Drain, draining
+from service.errors import CannotStart, Starting, Unavailable
 from service.metrics import Metrics
+from service.runtime.threads import Deadline
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -27,12 +29,14 @@ class Startup:
         given: an engine made elsewhere, which is started but not stopped here.
     """
 
-    def __init__(self, settings: Settings, metrics: Metrics, given: Engine | None = None) -> None:
+    def __init__(
+        self, settings: Settings, metrics: Metrics, drain: Drain, given: Engine | None = None
+    ) -> None:
         self.metrics = metrics
         self.now: Engine | None = None
         self.failure: BaseException | None = None
-        self.draining = False
         self._settings = settings
+        self._drain = drain
         self._given = given
         self._made: Future[Engine] | None = None
         self._making: asyncio.Task[None] | None = None
@@ -59,22 +63,16 @@ class Startup:
             log.exception("cannot start")
             self.failure = error
         else:
-            engine.draining = self.draining
             engine.start()
             self.now = engine
-
-    @property
-    def refuses(self) -> bool:
-        """Whether the service is on its way out and takes nothing new."""
-        return self.draining if self.now is None else self.now.draining
 
     async def finished(self) -> None:
         """Wait until there is an engine, or will be none."""
         if self._making is not None:
             await asyncio.wait({self._making})
 
-    async def engine(self) -> Engine:
-        """The engine; a request that comes before it waits as long as a request may take.
+    async def engine(self, deadline: Deadline) -> Engine:
+        """The engine; a request that comes before it waits until its deadline.
 
         Raises:
             Starting: it is still being made.
@@ -82,13 +80,13 @@ class Startup:
             Unavailable: it cannot be made.
         """
         if self.now is None and self._making is not None:
-            await asyncio.wait({self._making}, timeout=self._settings.request_timeout)
+            await asyncio.wait({self._making}, timeout=deadline.left_s)
         if self.now is not None:
             return self.now
         if self.failure is not None:
             raise Unavailable("the service could not start; the reason is in its log")
-        if self.draining:
-            raise Draining("the service is shutting down")
+        if self._drain.refusing:
+            raise draining()
         raise Starting("the service is still starting; ask again", retry_after_s=1)
 
     def fault(self) -> str | None:
@@ -99,19 +97,13 @@ class Startup:
 
     def not_ready(self) -> str | None:
         """Why the service should not be sent requests; None when it should."""
-        if self.now is not None:
-            return self.now.not_ready()
-        return self.fault() or ("draining" if self.draining else "starting")
-
-    def drain(self) -> None:
-        """Refuse new requests from now on; may be called by a signal handler."""
-        self.draining = True
-        if self.now is not None:
-            self.now.draining = True
+        if self._drain.leaving:
+            return "draining"
+        return self.fault() or ("starting" if self.now is None else self.now.not_ready())
 
     def give_up(self) -> None:
         """Answer those who wait for an engine that is still being imported; without that, nothing."""
-        self.draining = True
+        self._drain.refuse()
         if self._made is not None:
             self._made.cancel()
 

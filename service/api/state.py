@@ -10,6 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from service.api.access import Visitor
 from service.api.startup import Startup
+from service.runtime.threads import Deadline
 
 if TYPE_CHECKING:
     from service.runtime.engine import Engine
@@ -30,7 +31,13 @@ async def engine_of(request: Request) -> Engine:
         Starting, Draining, Unavailable: as for `Startup.engine`.
     """
     startup = startup_of(request)
-    return startup.now or await startup.engine()
+    return startup.now or await startup.engine(deadline_of(request))
+
+
+def deadline_of(request: Request) -> Deadline:
+    """When this request must have been answered; it was set when its headers came."""
+    deadline: Deadline = request.scope["deadline"]
+    return deadline
 
 
 def visitor_of(request: Request) -> Visitor:

@@ -19,6 +19,7 @@ BATCHES_BETWEEN_TRIALS = 128
 LONGEST_BETWEEN_TRIALS = 1024
 NEWEST_SHARE = 0.2  # of an exponential average
 LARGEST_RISE = 2.0  # one batch that the machine was busy elsewhere in says little
+FADING_TRUST = 0.9
 GUESSED_SECONDS = 0.001  # for an image, before anything has been run
 
 
@@ -51,9 +52,11 @@ class _Learned:
     next_trial: int = 0
     pause: int = BATCHES_BETWEEN_TRIALS
     seconds_per_image: float | None = None
+    trust: float = 1.0
 
     def add(self, position: int, images: int, seconds_per_image: float) -> None:
         self.batches += 1
+        self.trust = 1.0
         self.seconds_per_image = _average(self.seconds_per_image, seconds_per_image)
         if images in self.met:
             self.costs.setdefault(position, _Cost(seconds_per_image)).add(seconds_per_image)
@@ -148,6 +151,30 @@ class BatchSizes:
         if learned is not None:
             learned.best = max(0, learned.best - 1)
             learned.put_off()
+
+    def has_met(self, group: Hashable, images: int, *, crowded: bool = False) -> bool:
+        """Whether a batch of so many images was run before; what is beyond `max_batch` runs in pieces."""
+        learned = self._groups.get((group, crowded))
+        return learned is not None and (images in learned.met or images > self.max_batch)
+
+    def proven_seconds(self, group: Hashable, images: int) -> float:
+        """What a batch takes at least, as measured and not yet in doubt; 0 for a group that was not measured."""
+        found = [self._groups.get((group, crowded)) for crowded in (True, False)]
+        proven = [
+            learned.trust * cost.seconds
+            for learned in found
+            if learned is not None
+            for cost in learned.costs.values()
+            if cost.batches
+        ]
+        return min(proven, default=0.0) * images
+
+    def doubt(self, group: Hashable) -> None:
+        """Believe a little less in what was measured: it kept something from being run, so nobody measures anew."""
+        for crowded in (True, False):
+            learned = self._groups.get((group, crowded))
+            if learned is not None:
+                learned.trust *= FADING_TRUST
 
     def seconds(self, group: Hashable, images: int) -> float:
         """About how long a batch takes; from other groups, or a guess, for one that is not known."""

@@ -8,6 +8,7 @@ the cores, small networks run slower. The other lanes take only jobs that may ru
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -15,10 +16,12 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Generic, TypeVar
 
 from service.errors import DeadlineExceeded, Draining, QueueFull, ServiceError
 from service.runtime.batch_sizes import BatchSizes
+from service.runtime.rates import DrainRate, retry_after
 from service.runtime.threads import contained
 from service.runtime.waiting import Flow, Job, Place, Turn, WaitingJobs
 
@@ -26,7 +29,6 @@ __all__ = ["Batcher", "Job", "Pace"]
 
 P = TypeVar("P")
 R = TypeVar("R")
-FORGOTTEN_SHARE = 0.05  # of the drain rate's past, with every batch
 
 
 @dataclass(frozen=True)
@@ -56,26 +58,6 @@ class _Lane:
         self.thread: threading.Thread
 
 
-class _DrainRate:
-    """Images per second over the time that any lane was busy."""
-
-    def __init__(self) -> None:
-        self._images = self._seconds = 0.0
-        self._since = 0.0
-
-    def begin(self, now: float) -> None:
-        self._since = now
-
-    def note(self, images: int, now: float) -> None:
-        self._images += images - FORGOTTEN_SHARE * self._images
-        self._seconds += now - self._since - FORGOTTEN_SHARE * self._seconds
-        self._since = now
-
-    def seconds_for(self, images: int) -> float:
-        """How long the lanes take for so many; 0 before any was run."""
-        return images * self._seconds / self._images if self._images else 0.0
-
-
 class Batcher(Generic[P, R]):
     """A bounded queue, fair between clients and between models, in front of one thread or more.
 
@@ -85,6 +67,7 @@ class Batcher(Generic[P, R]):
         lanes: threads. Those after the first run only `concurrent` jobs.
         max_batch: images in one batch; a single larger job runs alone. Below it the size is learned.
         queue_size: images that may wait.
+        max_wait_s: how long a job may be expected to wait.
         observe: told the model, the images and the seconds of each batch.
         sizes: what is learned of batch sizes, where `run` wants to know it too.
         clock: seconds; what deadlines are readings of.
@@ -97,6 +80,7 @@ class Batcher(Generic[P, R]):
         lanes: int,
         max_batch: int,
         queue_size: int,
+        max_wait_s: float = math.inf,
         observe: Callable[[Hashable, int, float], None],
         sizes: BatchSizes | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -104,10 +88,11 @@ class Batcher(Generic[P, R]):
         self.sizes = BatchSizes(max_batch) if sizes is None else sizes
         self._run = run
         self._queue_size = queue_size
+        self._max_wait_s = max_wait_s
         self._observe = observe
         self._clock = clock
         self._waiting: WaitingJobs[P, R] = WaitingJobs()
-        self._rate = _DrainRate()
+        self._rate = DrainRate()
         self._stopping = False
         lock = threading.RLock()  # a future cancelled under it calls back
         self._changed = threading.Condition(lock)
@@ -141,15 +126,19 @@ class Batcher(Generic[P, R]):
         A client that has most of a full queue waiting makes room: its newest jobs are refused for another's.
 
         Raises:
-            QueueFull: the queue has no place for its images; `retry_after_s` is how long the queue takes to drain.
+            QueueFull: the queue has no place for its images, or it would wait for too long; `retry_after_s` is how
+                long the queue takes to drain.
             Draining: the worker is stopping.
         """
         with self._changed:
             if self._stopping:
                 raise _draining()
             late = self._waiting.take_expired(self._clock())
-            pushed_out = self._waiting.take_for_room(job, self._queue_size)
-            full = self._full(job)
+            full = self._too_long(job.client, job.model, job.deadline, self._proven_seconds(job))
+            if full is not None:
+                self.sizes.doubt(job.group)
+            pushed_out = [] if full else self._waiting.take_for_room(job, self._queue_size)
+            full = full or self._full(job)
             if full is None:
                 self._waiting.add(job)
                 self._call_a_lane(job)
@@ -172,18 +161,47 @@ class Batcher(Generic[P, R]):
         waiter.add_done_callback(partial(_cancel_too, job.future))
         return waiter
 
+    def refuse_long_wait(self, model: Hashable, deadline: float, client: Hashable = None) -> None:
+        """Refuse early what `submit` would refuse now: before anything is decoded for it.
+
+        Raises:
+            QueueFull: it would wait for too long.
+        """
+        with self._changed:
+            too_long = self._too_long(client, model, deadline)
+        if too_long is not None:
+            raise too_long
+
+    def _proven_seconds(self, job: Job[P, R]) -> float:
+        return self.sizes.proven_seconds(job.group, job.images)
+
+    def _too_long(
+        self, client: Hashable, model: Hashable, deadline: float, own_s: float = 0.0
+    ) -> QueueFull | None:
+        """Why a job should not begin to wait; None if it may. What would wait for nothing is always tried."""
+        if not self._rate.is_sound:
+            return None
+        wait_s = self._rate.seconds_for(self._waiting.ahead(client, model))
+        limit_s = max(0.0, min(self._max_wait_s, deadline - self._clock() - own_s))
+        if wait_s <= limit_s or not wait_s:
+            return None
+        return self._refusal(
+            f"the queue takes about {wait_s:.1f} s; this request may wait for {limit_s:.1f} s"
+        )
+
     def _full(self, job: Job[P, R]) -> QueueFull | None:
         """Why there is no place for a job; None if there is."""
         images = self._waiting.images
         return self._queue_full() if images and images + job.images > self._queue_size else None
 
     def _queue_full(self) -> QueueFull:
-        images = self._waiting.images
+        return self._refusal(f"{self._waiting.images} images wait; the queue holds {self._queue_size}")
+
+    def _refusal(self, detail: str) -> QueueFull:
         # whoever waits is answered or gone by the last deadline
-        left_s = self._waiting.last_deadline - self._clock()
-        retry_after_s = max(1.0, min(self._rate.seconds_for(images), left_s))
-        detail = f"{images} images wait; the queue holds {self._queue_size}"
-        return QueueFull(detail, retry_after_s=retry_after_s)
+        at_most_s = self._waiting.last_deadline - self._clock()
+        wait_s = self._rate.seconds_for(self._waiting.images)
+        return QueueFull(detail, retry_after_s=retry_after(wait_s, at_most_s))
 
     def _call_a_lane(self, job: Job[P, R]) -> None:
         """Wake one idle lane that may run this; the last ones first, as the first has torch's jobs to itself."""
@@ -223,12 +241,26 @@ class Batcher(Generic[P, R]):
             while True:
                 late = self._waiting.take_expired(self._clock())
                 flow = self._waiting.next_flow(concurrent_only=lane.index > 0)
+                if flow and (hopeless := self._take_hopeless(flow)):
+                    return late + hopeless, None
                 if late or flow or self._stopping:
                     batch = None if flow is None else self._take(lane, flow)
                     self._changed.notify_all()
                     return late, batch
                 lane.asleep = True
                 lane.called.wait()
+
+    def _take_hopeless(self, flow: Flow[P, R]) -> list[Job[P, R]]:
+        """Jobs whose turn it is and that cannot meet their deadline, if their place is any use to others."""
+        now = self._clock()
+        first_jobs = islice(flow.groups[flow.next_group].values(), self.sizes.max_batch)
+        slow = [job for job in first_jobs if now + self._proven_seconds(job) > job.deadline]
+        if not slow or _images(slow) == self._waiting.images:
+            return []
+        for job in slow:
+            self._waiting.discard(job.place, job.future)
+        self.sizes.doubt(slow[0].group)
+        return slow
 
     def _take(self, lane: _Lane, flow: Flow[P, R]) -> _Batch[P, R]:
         """The next batch: of a flow, and what else of its group waits. Lanes that are free share it."""
@@ -280,7 +312,10 @@ class Batcher(Generic[P, R]):
             now = self._clock()
             seconds = now - batch.started
             lane.busy_since = None
-            self._rate.note(images, now)
+            if jobs and self.sizes.has_met(jobs[0].group, images, crowded=batch.pace.crowded):
+                self._rate.note(images, now)
+            else:  # the first of a size also pays for what is set up once
+                self._rate.begin(now)
             self._waiting.charge(batch.turn, seconds - batch.charged_s)
             if not failed:
                 self.sizes.learn(jobs[0].group, images, seconds, crowded=batch.pace.crowded)
@@ -308,7 +343,7 @@ def _images(jobs: Iterable[Job[P, R]]) -> int:
 
 
 def _too_late() -> DeadlineExceeded:
-    return DeadlineExceeded("the deadline passed while the request waited in the queue")
+    return DeadlineExceeded("the deadline passed, or would have before the answer, while the request waited")
 
 
 def _draining() -> Draining:

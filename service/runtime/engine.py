@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from service.backbones.catalogue import backbone_registry
 from service.checkpoints.resolve import CheckpointStore
 from service.config.files import ConfigCatalogue, named_in_errors
 from service.config.spec import WeightsRef
-from service.errors import DeadlineExceeded, InvalidConfig, ServiceError
+from service.errors import InvalidConfig, QueueFull, ServiceError
 from service.metrics import Metrics
 from service.necks.catalogue import neck_registry
 from service.protocol.reply import FeatureReply, FloatArray, ModelInfo, Timings
@@ -34,12 +36,14 @@ from service.runtime.model import NECK_PREFIX, LoadedModel, LoadedNeck, Weights,
 from service.runtime.networks import Networks
 from service.runtime.pixels import count_pixels
 from service.runtime.plan import SIZE_ERRORS, LevelShape, Plan, Planner
+from service.runtime.pool import Pool
 from service.runtime.precision import ALL, native_precisions, refuse_emulated
 from service.runtime.promotion import EngineFailed
 from service.runtime.query import FeatureQuery, Prepared, fingerprint
+from service.runtime.rates import retry_after
 from service.runtime.report import model_info, reply_levels
 from service.runtime.shares import Share
-from service.runtime.threads import on_thread, until
+from service.runtime.threads import Deadline, on_thread, until
 from service.runtime.work import DeviceRunner, Done, Work, WorkJob
 from service.settings import Settings
 
@@ -49,7 +53,6 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
-STUCK_AFTER_S = 120.0
 CONNECT_TIMEOUT_S = 3.0
 # How long a batch that found too little memory waits for idle models to be evicted.
 EVICTION_TIMEOUT_S = 10.0
@@ -70,7 +73,6 @@ class Engine:
     def __init__(self, settings: Settings, metrics: Metrics, *, takes_bytes: bool | None = None) -> None:
         self.settings = settings
         self.metrics = metrics
-        self.draining = False
         self._stages = {stage.name: metrics.stage_seconds.labels(stage.name) for stage in fields(Timings)}
         self.device = pick_device(settings.device)
         if self.device.type == "cuda":
@@ -78,7 +80,7 @@ class Engine:
         self.precisions = ALL if settings.emulate_precision else native_precisions(self.device)
         self.planner = Planner(backbone_registry(), neck_registry(), ConfigCatalogue(settings.config_dir))
         self.store = _checkpoint_store(settings)
-        self._codecs = ThreadPoolExecutor(settings.decode_threads or available_cores(), "codec")
+        self._codecs = Pool(settings.decode_threads or available_cores(), "codec")
         self._plans = FairThreads(2, "planner")
         self._fetches = ThreadPoolExecutor(4, "fetch")
         self.checkpoints = Fetches(self.store, self._fetches)
@@ -96,6 +98,7 @@ class Engine:
             lanes=lanes,
             max_batch=settings.max_batch,
             queue_size=settings.queue_size,
+            max_wait_s=settings.max_wait,
             observe=self._observe_batch,
         )
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -105,7 +108,11 @@ class Engine:
     # --- features -------------------------------------------------------------------------------
 
     async def prepare(
-        self, query: FeatureQuery, extra: str = "", on_new: Callable[[], None] = lambda: None
+        self,
+        query: FeatureQuery,
+        deadline: Deadline,
+        extra: str = "",
+        on_new: Callable[[], None] = lambda: None,
     ) -> Prepared:
         """Resolve a query: config, preprocessing, weights, images to fetch. Nothing is decoded, loaded or computed.
 
@@ -116,10 +123,9 @@ class Engine:
         """
         refuse_emulated(query.precision, self.precisions, self.device)
         urls = self._image_urls(query)
-        deadline = time.monotonic() + self.settings.request_timeout
         plan = self._known(query)
         if plan is None:
-            async with until(deadline, _not_resolved):
+            async with until(deadline):
                 named = query.backbone, query.neck, query.preprocess
                 plan = await self.plan(query.client, *named, on_new=on_new)
         with named_in_errors(_name(query.backbone)):
@@ -153,11 +159,11 @@ class Engine:
         return self._remote_images.read(query.urls)
 
     async def _with_images(
-        self, query: FeatureQuery, urls: Mapping[int, ImageUrl], deadline: float
+        self, query: FeatureQuery, urls: Mapping[int, ImageUrl], deadline: Deadline
     ) -> FeatureQuery:
         """The query with the images behind its URLs, which come last: a config that cannot be served fetches none."""
         assert self._remote_images is not None
-        async with until(deadline, _not_fetched):
+        async with until(deadline):
             fetched = await self._remote_images.fetch(urls, self.settings.max_body_bytes - query.bytes)
         images = tuple(fetched.get(index, image) for index, image in enumerate(query.images))
         return replace(query, images=images)
@@ -204,15 +210,21 @@ class Engine:
         """Run something that may build an architecture on the meta device, when it is this client's turn."""
         return await on_thread(self._plans.of(client), function, *arguments, **keywords)
 
-    async def _found(self, ref: WeightsRef | None, type_name: str, deadline: float) -> Weights | None:
+    def _refuse_long_wait(self, prepared: Prepared) -> None:
+        """Refuse who would wait too long for a thread that decodes, or for the device; nothing is decoded yet."""
+        wait_s = self._codecs.expected_wait_s()
+        limit_s = min(self.settings.max_wait, prepared.deadline.left_s)
+        if wait_s > limit_s:
+            detail = f"images wait for about {wait_s:.1f} s; this request may wait for {limit_s:.1f} s"
+            raise QueueFull(detail, retry_after_s=retry_after(wait_s, self.settings.request_timeout))
+        self.batcher.refuse_long_wait(prepared.model_id, prepared.deadline.at, prepared.query.client)
+
+    async def _found(self, ref: WeightsRef | None, type_name: str, deadline: Deadline) -> Weights | None:
         """The checkpoint that was asked for. The deadline ends the wait, not a download that goes on."""
         if ref is None:
             return None
-        try:
-            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                return Weights(ref, await self.checkpoints.find(ref, type_name))
-        except TimeoutError as error:
-            raise self.checkpoints.too_late(ref) from error
+        async with until(deadline, partial(self.checkpoints.too_late, ref)):
+            return Weights(ref, await self.checkpoints.find(ref, type_name))
 
     async def extract(self, prepared: Prepared, weigh_reply: WeighReply, share: Share) -> FeatureReply:
         """Decode, run, and describe the levels of a prepared query.
@@ -221,21 +233,21 @@ class Engine:
             weigh_reply: given the shapes and names of the levels before anything is decoded or computed; the bytes of
                 the reply, or raises if they make none that may be sent.
             share: what the request has of the memory. It is the caller's, and holds what the reply takes afterwards.
+
+        Raises:
+            QueueFull: it would wait for too long; nothing was decoded.
         """
-
-        def late() -> ServiceError:
-            return DeadlineExceeded(f"the request took longer than {self.settings.request_timeout:g} s")
-
+        self._refuse_long_wait(prepared)
         clock = _Clock()
         admission = self._admission(prepared, weigh_reply, share)
-        async with until(prepared.deadline, lambda: admission.late() or late()):
+        async with until(prepared.deadline, lambda: admission.late() or prepared.deadline.passed()):
             batch = await self._batch(prepared, admission)
             levels = await admission.levels_for(len(batch.infos), _size(batch))
         clock.lap("decode")
         try:
-            done, described = await self._answered(prepared, batch, admission, levels, clock, late)
+            done, described = await self._answered(prepared, batch, admission, levels, clock)
         except EngineFailed:  # it is not asked again, and torch is
-            done, described = await self._answered(prepared, batch, admission, levels, clock, late)
+            done, described = await self._answered(prepared, batch, admission, levels, clock)
         share.keep(admission.need.reply_bytes)
         self.observe_stages(clock.seconds)
         return FeatureReply(
@@ -257,7 +269,6 @@ class Engine:
         admission: Admission,
         levels: tuple[LevelShape, ...],
         clock: _Clock,
-        late: Callable[[], ServiceError],
     ) -> tuple[Done, ModelInfo]:
         """The levels, and the model that gave them.
 
@@ -266,7 +277,7 @@ class Engine:
         """
         async with self.networks.leased(prepared, _size(batch)) as (_, model, neck):
             clock.lap("load")
-            async with until(prepared.deadline, late):
+            async with until(prepared.deadline):
                 done = await self._compute(prepared, batch, admission, levels, model, neck)
             clock.note("queue", done.queue_s)
             clock.note("forward", done.forward_s)
@@ -332,7 +343,7 @@ class Engine:
         group = (model.id, model.engine.name, batch.images.shape[1:], query.precision, alike)
         concurrent = model.engine.concurrent and neck is None
         job: WorkJob = WorkJob(
-            group, len(batch.infos), work, prepared.deadline, model.id, concurrent, query.client
+            group, len(batch.infos), work, prepared.deadline.at, model.id, concurrent, query.client
         )
         try:
             answer = self.batcher.submit_async(job)
@@ -352,20 +363,22 @@ class Engine:
     async def load(
         self,
         backbone: Any,
-        neck: Any = None,
-        preprocess: Any = None,
+        neck: Any,
+        preprocess: Any,
+        deadline: Deadline,
         on_new: Callable[[], None] = lambda: None,
     ) -> tuple[dict[str, Any], bool]:
         """Load what a config builds and run it once; its entry of `GET /models`, and whether it is new."""
         query = FeatureQuery(backbone, neck=neck, preprocess=preprocess)
-        prepared = await self.prepare(query, on_new=on_new)
+        prepared = await self.prepare(query, deadline, on_new=on_new)
         fresh = not self.networks.holds(prepared.model_id)
         batch = Batch.blank(
             prepared.plan.description.in_channels, prepared.spec.size or prepared.plan.input_size
         )
         async with self.networks.leased(prepared, _size(batch)) as (entry, model, neck):
             if fresh:  # so that the first real image does not pay for what is set up lazily
-                await self._warm_up(prepared, batch, model, neck)
+                async with until(deadline):
+                    await self._warm_up(prepared, batch, model, neck)
             return self.networks.describe(entry), fresh
 
     async def _warm_up(
@@ -403,7 +416,7 @@ class Engine:
         for name in self.settings.warm:
             self._not_warm = f"loading {name}"
             try:
-                await self.load(name)
+                await self.load(name, None, None, Deadline.after(math.inf))
             except ServiceError as error:
                 self._not_warm = f"{name} of the warm list cannot be loaded"
                 log.error("%s: %s", self._not_warm, error.detail)
@@ -427,18 +440,18 @@ class Engine:
 
     def not_ready(self) -> str | None:
         """Why the service should not be sent requests; None when it should."""
-        return "draining" if self.draining else self._not_warm
+        return self._not_warm
 
     def fault(self) -> str | None:
         """Why the process should be restarted; None while it works."""
         if not self.batcher.alive:
             return "the device worker ended"
-        busy_s = self.batcher.busy_seconds()
-        return f"the device worker has been busy for {busy_s:.0f} s" if busy_s > STUCK_AFTER_S else None
+        stuck = {"device worker": self.batcher.busy_seconds(), "decoder": self._codecs.stuck_seconds()}
+        who, busy_s = max(stuck.items(), key=lambda item: item[1])
+        return f"the {who} has been busy for {busy_s:.0f} s" if busy_s > self.settings.stuck_after else None
 
     async def stop(self) -> None:
         """Answer everyone who waits, and end the threads."""
-        self.draining = True
         if self._warming is not None:
             self._warming.cancel()
         self.checkpoints.stop()
@@ -483,14 +496,6 @@ def _size(batch: Batch | ByteBatch) -> tuple[int, int]:
     """[height, width] of what the network sees."""
     height, width = batch.images.shape[2:]
     return height, width
-
-
-def _not_resolved() -> ServiceError:
-    return DeadlineExceeded("the deadline passed while the config was being resolved")
-
-
-def _not_fetched() -> ServiceError:
-    return DeadlineExceeded("the deadline passed while images were being fetched")
 
 
 class _Clock:

@@ -210,7 +210,7 @@ class Networks:
 
     def describe_all(self) -> list[dict[str, Any]]:
         """The networks in memory, those used last first."""
-        return [self.describe(entry) for entry in sorted(self.cache, key=lambda e: e.last_used, reverse=True)]
+        return [self.describe(entry) for entry in sorted(self.cache, key=lambda e: e.used_at, reverse=True)]
 
     def loading(self) -> list[dict[str, Any]]:
         """The networks that are being loaded."""

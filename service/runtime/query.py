@@ -12,6 +12,7 @@ from service.config.spec import Precision
 from service.runtime.model import Weights, network_id
 from service.runtime.plan import Plan
 from service.runtime.postprocess import Pool
+from service.runtime.threads import Deadline
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Prepared:
     neck_weights: Weights | None
     model_id: str
     fingerprint: str
-    deadline: float
+    deadline: Deadline
     fetch_ms: float = 0.0
 
 

@@ -6,11 +6,12 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, Self, TypeVar
 
-from service.errors import ServiceError, Unavailable
+from service.errors import DeadlineExceeded, ServiceError, Unavailable
 from service.runtime.shares import Share
 from service.runtime.shortage import as_shortage, is_shortage
 
@@ -70,12 +71,34 @@ def contained(error: BaseException) -> Exception:
     return ended
 
 
-class until:  # noqa: N801 - reads as a word of `async with`
-    """Raises what `too_late` makes if the block is not done at `deadline`, a reading of `time.monotonic`."""
+@dataclass(frozen=True)
+class Deadline:
+    """When a request must have been answered: `at` is a reading of `time.monotonic`, `seconds` what it had in all."""
 
-    def __init__(self, deadline: float, too_late: Callable[[], ServiceError]) -> None:
-        self._timeout = asyncio.timeout(max(0.0, deadline - time.monotonic()))
-        self._too_late = too_late
+    at: float
+    seconds: float
+
+    @classmethod
+    def after(cls, seconds: float) -> Self:
+        """So many seconds from now; `math.inf` is never."""
+        return cls(time.monotonic() + seconds, seconds)
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until then; 0 when it has passed."""
+        return max(0.0, self.at - time.monotonic())
+
+    def passed(self) -> DeadlineExceeded:
+        """What a request is told that was not answered by then."""
+        return DeadlineExceeded(f"the request took longer than {self.seconds:g} s")
+
+
+class until:  # noqa: N801 - reads as a word of `async with`
+    """Raises what `too_late` makes, by default that the deadline passed, if the block is not done at `deadline`."""
+
+    def __init__(self, deadline: Deadline, too_late: Callable[[], ServiceError] | None = None) -> None:
+        self._timeout = asyncio.timeout(deadline.left_s)
+        self._too_late = too_late or deadline.passed
 
     async def __aenter__(self) -> None:
         await self._timeout.__aenter__()

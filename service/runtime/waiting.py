@@ -143,6 +143,15 @@ class WaitingJobs(Generic[P, R]):
         """When the last of all jobs will be gone at the latest, a reading of the clock of the deadlines."""
         return self._last_deadline
 
+    def ahead(self, client: Hashable, model: Hashable) -> int:
+        """About how many images run before another one of a client and a model does, as these take turns."""
+        party = self._parties.active.get(client)
+        if party is None:
+            return 0
+        flows = party.flows.active.values()
+        own = sum(job.images for flow in flows if flow.place.model == model for job in flow.jobs.values())
+        return min(self.images, min(party.images, own * len(flows)) * len(self._parties.active))
+
     def add(self, job: Job[P, R]) -> None:
         place = job.place
         party = self._parties.join(place.client, lambda: Party(place.client))

@@ -562,12 +562,14 @@ def test_a_model_over_the_budget_is_503(serve: Serve) -> None:
 def test_a_draining_service_is_503_and_says_so_to_probes(serve: Serve) -> None:
     service = serve()
     assert features(service.http).status_code == 200
-    service.engine.draining = True
+    service.app.state.drain.leave()
+    still = features(service.http)
+    assert (still.status_code, still.headers["connection"]) == (200, "close")
     ready = service.http.get("/readyz")
     assert (ready.status_code, ready.json()["reason"]) == (503, "draining")
     assert int(ready.headers["retry-after"]) >= 1
     assert service.http.get("/healthz").status_code == 200
-    service.engine.batcher.stop()
+    service.app.state.drain.refuse()
     assert_problem(features(service.http), 503, "draining")
 
 

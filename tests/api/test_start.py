@@ -199,7 +199,7 @@ async def test_an_engine_made_elsewhere_is_used_and_left_running(tmp_path: Path)
             assert (await client.get("/readyz")).status_code == 200
             assert (await client.get("/models")).json()["models"] == []
     assert engine.fault() is None
-    assert not engine.draining
+    assert engine.not_ready() is None
     await engine.stop()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -65,13 +66,18 @@ def make(machine: Machine) -> Iterator[MakeBatcher]:
     made: list[Batcher[str, str]] = []
 
     def start(
-        run: Any = machine, lanes: int = 1, max_batch: int = 4, queue_size: int = 8
+        run: Any = machine,
+        lanes: int = 1,
+        max_batch: int = 4,
+        queue_size: int = 8,
+        max_wait_s: float = math.inf,
     ) -> Batcher[str, str]:
         batcher: Batcher[str, str] = Batcher(
             run,
             lanes=lanes,
             max_batch=max_batch,
             queue_size=queue_size,
+            max_wait_s=max_wait_s,
             observe=lambda *_: None,
             sizes=learned_sizes(max_batch),
             clock=machine.clock,
@@ -530,7 +536,8 @@ def test_a_full_queue_says_how_long_it_takes_to_drain(make, machine) -> None:
     futures += [batcher.submit(job(name)) for name in names("n", 8)]
     with pytest.raises(QueueFull, match="8 images wait; the queue holds 8") as full:
         batcher.submit(job("more"))
-    assert full.value.retry_after_s == pytest.approx(4.0)
+    assert full.value.retry_after_s is not None
+    assert 4.0 <= full.value.retry_after_s <= 6.0  # those who are refused together do not come back together
 
 
 def test_a_full_queue_is_over_when_the_last_deadline_is(make, machine) -> None:
@@ -545,7 +552,8 @@ def test_a_full_queue_is_over_when_the_last_deadline_is(make, machine) -> None:
         batcher.submit(job(name, deadline=130.0))
     with pytest.raises(QueueFull) as full:
         batcher.submit(job("more", deadline=130.0))
-    assert full.value.retry_after_s == pytest.approx(30.0)
+    assert full.value.retry_after_s is not None
+    assert 30.0 <= full.value.retry_after_s <= 45.0
 
 
 def test_a_large_job_has_a_place_in_an_empty_queue_only(make, machine) -> None:
@@ -654,3 +662,85 @@ def test_an_event_loop_that_is_gone_does_not_stop_the_lane(make, machine) -> Non
     machine.go_on.set()
     assert batcher.submit(job("2")).result(10) == "2"
     assert batcher.alive
+
+
+# --- what cannot be in time ---------------------------------------------------------------------
+
+
+def busy_batcher(make, machine, cost_s: float = 1.0, **given: Any) -> Batcher[str, str]:
+    """One that has learned what an image takes, and is held in a batch."""
+    machine.cost = lambda jobs: cost_s * len(jobs)
+    batcher = make(max_batch=1, **given)
+    machine.go_on.set()
+    for name in names("n", 20):
+        results([batcher.submit(job(name))])
+    machine.go_on.clear()
+    batcher.submit(job("running"))
+    machine.wait_for(21)
+    return batcher
+
+
+def test_who_would_wait_too_long_is_refused_and_another_client_is_not(make, machine) -> None:
+    batcher = busy_batcher(make, machine, max_wait_s=1.5, queue_size=100)
+    waiting = [batcher.submit(job(name, client="many")) for name in "ab"]
+    with pytest.raises(QueueFull, match=r"takes about 2.0 s; this request may wait for 1.5 s"):
+        batcher.submit(job("c", client="many"))
+    with pytest.raises(QueueFull):
+        batcher.refuse_long_wait(None, FAR, "many")
+    batcher.refuse_long_wait(None, FAR, "one")
+    waiting.append(batcher.submit(job("d", client="one")))
+    machine.go_on.set()
+    assert sorted(results(waiting)) == ["A", "B", "D"]
+
+
+def test_who_would_wait_beyond_its_deadline_is_refused(make, machine) -> None:
+    batcher = busy_batcher(make, machine)
+    waiting = [batcher.submit(job(name)) for name in "ab"]
+    with pytest.raises(QueueFull, match=r"takes about 2.0 s; this request may wait for 1.0 s"):
+        batcher.submit(job("c", deadline=machine.now + 2.0))  # one of them for its own batch
+    machine.go_on.set()
+    assert results(waiting) == ["A", "B"]
+
+
+def test_a_job_that_cannot_be_done_in_time_makes_way_for_those_that_can(make, machine) -> None:
+    batcher = busy_batcher(make, machine)
+    hopeless = batcher.submit(job("hopeless", deadline=machine.now + 1.5))
+    waiting = batcher.submit(job("waiting"))
+    machine.go_on.set()
+    assert results([waiting]) == ["WAITING"]
+    with pytest.raises(DeadlineExceeded):
+        hopeless.result(10)
+    assert ["hopeless"] not in machine.batches
+
+
+def test_a_job_that_seems_hopeless_is_tried_if_nothing_else_waits(make, machine) -> None:
+    batcher = busy_batcher(make, machine)
+    alone = batcher.submit(job("alone", deadline=machine.now + 1.5))
+    machine.go_on.set()
+    assert results([alone]) == ["ALONE"]
+
+
+def test_a_model_that_has_become_faster_is_tried_again(make, machine) -> None:
+    batcher = busy_batcher(make, machine, queue_size=100)  # has learned one second
+    machine.cost = lambda jobs: 0.01 * len(jobs)
+    soon = machine.now + 0.5
+    futures = [batcher.submit(job(name, client=name, deadline=soon)) for name in names("n", 30)]
+    machine.go_on.set()
+    refused = [future.exception(10) for future in futures]
+    assert isinstance(refused[0], DeadlineExceeded)
+    assert refused[-1] is None
+    assert ["n29"] in machine.batches
+
+
+def test_first_batches_do_not_tell_how_long_the_queue_takes(make, machine) -> None:
+    batcher = busy_batcher(make, machine, 0.01, max_wait_s=1.0, queue_size=100)
+    machine.go_on.set()
+    results([batcher.submit(job("after"))])
+    machine.cost = lambda jobs: 100.0
+    for name in names("new", 5):
+        results([batcher.submit(job(name, group=name))])
+    machine.go_on.clear()
+    futures = [batcher.submit(job(name)) for name in names("n", 20)]
+    machine.cost = lambda jobs: 0.01
+    machine.go_on.set()
+    assert len(results(futures)) == 20
