@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import ctypes
 import logging
 import math
+import os
 import resource
 import signal
 import socket
+import struct
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
@@ -18,6 +24,7 @@ from fastapi import FastAPI
 from service.api.access import Access
 from service.api.app import create_app
 from service.api.connections import SPARE_CONNECTIONS, ConnectionLimits, Connections, GuardedConfig
+from service.api.draining import Drain
 from service.api.startup import Startup
 from service.errors import CannotStart
 from service.settings import Settings
@@ -25,24 +32,45 @@ from service.settings import Settings
 # Open files of a process that are no connections: libraries, checkpoints, caches, the engines' own.
 OTHER_FILES = 200
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+LINGER_S = 0.1  # who has connected before the port is closed is still answered
+SO_ATTACH_FILTER = 26  # of Linux
+DROP_ALL = struct.pack("HBBI", 6, 0, 0, 0)  # classic BPF: return 0, the bytes to keep of a packet
+LAST_WORDS_S = 1  # for replies to those who were cut off
+STOP_S = 5.0  # for the engine's threads and processes to end
 log = logging.getLogger("service.server")
 
 
 class DrainingServer(uvicorn.Server):
-    """Uvicorn that finishes what is in flight before it closes its door.
+    """Uvicorn that is still there for who comes while it drains, and has ended when it said it would.
 
-    While requests are in flight after the first signal it still listens: `/readyz` and every new request are
-    answered 503, so that a load balancer learns of it instead of meeting a closed port. A second signal ends the
-    process at once.
+    After SIGTERM it serves on for the delay: `/readyz` says no, and every reply closes its connection. Then it still
+    listens, but new requests are answered 503, until what is in flight is finished or its time is up. SIGINT is a
+    person at a terminal, whom no load balancer waits for: there is no delay. A second signal ends the process at once.
+
+    Args:
+        delay_s: seconds to serve on after SIGTERM.
+        finish_s: seconds for what is in flight then.
     """
 
-    def __init__(self, config: uvicorn.Config, startup: Startup, access: Access, drain_s: float) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        startup: Startup,
+        access: Access,
+        drain: Drain,
+        *,
+        delay_s: float,
+        finish_s: float,
+    ) -> None:
         super().__init__(config)
         self._startup = startup
         self._access = access
-        self._drain_s = drain_s
-        self._drain_until = math.inf
+        self._drain = drain
+        self._delay_s = delay_s
+        self._finish_s = finish_s
+        self._refuse_at = self._end_at = math.inf
         self._is_told = False
+        self._bound = _ExitBound()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -53,27 +81,50 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; the next signal is the system's to handle, whatever this process is busy with."""
-        self._startup.drain()
-        self._drain_until = time.monotonic() + self._drain_s
+        self._drain.leave()
+        is_served = self._startup.now is not None  # else there is nothing to serve on with
+        self._begin_to_end(self._delay_s if sig == signal.SIGTERM and is_served else 0.0)
         for stop_signal in STOP_SIGNALS:
-            signal.signal(stop_signal, signal.SIG_DFL)
+            # the system ends no process 1, as a container's only process is, unless it handles the signal itself
+            signal.signal(stop_signal, _end_at_once if os.getpid() == 1 else signal.SIG_DFL)
         super().handle_exit(sig, frame)
+
+    def _begin_to_end(self, delay_s: float) -> None:
+        self._refuse_at = time.monotonic() + delay_s
+        self._end_at = self._refuse_at + self._finish_s
+        status = 0 if self._startup.failure is None else 1
+        self._bound.begin(delay_s + self._finish_s + STOP_S, status)
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to leave the main loop: told to stop, and nothing in flight or no time left for it."""
-        self.should_exit = self.should_exit or self._startup.failure is not None
-        stopping = await super().on_tick(counter)
-        if stopping and not self._is_told:  # a signal handler must not log
+        if self._startup.failure is not None and not self.should_exit:
+            self.should_exit = True
+            self._begin_to_end(0.0)
+        return await super().on_tick(counter) and self._is_finished()
+
+    def _is_finished(self) -> bool:
+        now = time.monotonic()
+        if not self._is_told:  # a signal handler must not log
             self._is_told = True
-            self._startup.give_up()
-            log.info("draining: requests in flight have %g s", self._drain_s)
-        in_flight = bool(self.server_state.tasks)
-        return stopping and not (in_flight and time.monotonic() < self._drain_until)
+            delay_s = max(0.0, self._refuse_at - now)
+            log.info("draining: served for %.3g s more, then finished in %g s", delay_s, self._finish_s)
+        if now < self._refuse_at:
+            return False
+        self._startup.give_up()
+        return not self.server_state.tasks or now >= self._end_at
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close the listeners and stop the app; what is still in flight has what is left of the time."""
-        left_s = min(self._drain_s, max(0.0, self._drain_until - time.monotonic()))
-        self.config.timeout_graceful_shutdown = math.ceil(left_s)
+        """Close the port, and stop the app; what is still in flight has what is left of the time."""
+        for server in self.servers:
+            for listener in server.sockets:
+                _let_nobody_connect(listener)
+        await asyncio.sleep(LINGER_S)
+        for server in self.servers:
+            server.close()
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks, timeout=max(0.0, self._end_at - time.monotonic()))
+        self._drain.cut_off()
+        self.config.timeout_graceful_shutdown = LAST_WORDS_S
         await super().shutdown(sockets)
 
 
@@ -110,16 +161,62 @@ def allowed_connections(wanted: int) -> int:
     return allowed
 
 
+def _let_nobody_connect(listener: socket.socket) -> None:
+    """Have the system ignore who wants to connect, so that the port can be closed on nobody.
+
+    Closing resets the connections that were made and not yet accepted, with the requests on them. Who is ignored asks
+    again after a second, as TCP does, and finds the port closed before anything was sent.
+    """
+    if sys.platform == "linux":
+        program = ctypes.create_string_buffer(DROP_ALL)
+        described = struct.pack("HP", 1, ctypes.addressof(program))
+        listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, described)
+
+
+class _ExitBound:
+    """Ends the process where its end takes longer than was promised: a thread that hangs cannot be cancelled."""
+
+    def __init__(self) -> None:
+        self._told = threading.Event()
+        self._bound_s, self._status = 0.0, 0
+        threading.Thread(target=self._watch, name="exit-bound", daemon=True).start()
+
+    def begin(self, bound_s: float, status: int) -> None:
+        """From now on the process has so many seconds; may be called by a signal handler."""
+        self._bound_s, self._status = bound_s, status
+        self._told.set()
+
+    def _watch(self) -> None:
+        self._told.wait()
+        time.sleep(self._bound_s)
+        log.error("something did not end within %g s; it is left behind", self._bound_s)
+        logging.shutdown()
+        os._exit(self._status)
+
+
+def _end_at_once(sig: int, _frame: FrameType | None) -> None:
+    os._exit(128 + sig)
+
+
 def run_server(settings: Settings) -> int:
-    """Serve until told to stop, or until it turns out that it cannot be started; the exit status."""
+    """Serve until told to stop, or until it turns out that it cannot be started; the exit status.
+
+    The process is expected to end then: seconds after what was asked for, it is ended.
+    """
     try:
         app = create_app(settings)
     except CannotStart as error:
         log.error("cannot start: %s", error)
         return 2
     startup: Startup = app.state.startup
-    config = server_config(app, settings)
-    server = DrainingServer(config, startup, app.state.access, settings.drain_seconds)
+    server = DrainingServer(
+        server_config(app, settings),
+        startup,
+        app.state.access,
+        app.state.drain,
+        delay_s=settings.drain_delay,
+        finish_s=settings.drain_seconds,
+    )
     try:
         server.run()
     except SystemExit:  # uvicorn has said why: the address is taken
