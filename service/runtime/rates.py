@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 FORGOTTEN_SHARE = 0.05  # of the past, each time
-SOUND_AFTER = 16
+SOUND_AFTER, SOUND_AFTER_S = 16, 3.0
 SPREAD = 0.5  # those who were refused together do not come back together
 
 
@@ -15,12 +15,12 @@ class DrainRate:
     def __init__(self) -> None:
         self._done = self._seconds = 0.0
         self._since = 0.0
-        self._times = 0
+        self._times, self._seen_s = 0, 0.0
 
     @property
     def is_sound(self) -> bool:
         """Whether enough was seen to refuse anyone for it: one slow batch says little."""
-        return self._times >= SOUND_AFTER
+        return self._times >= SOUND_AFTER or self._seen_s >= SOUND_AFTER_S
 
     def begin(self, now: float) -> None:
         """From now on there is something to do."""
@@ -29,6 +29,7 @@ class DrainRate:
     def note(self, done: int, now: float) -> None:
         """So many were done since the last time."""
         self._times += 1
+        self._seen_s += now - self._since
         self._done += done - FORGOTTEN_SHARE * self._done
         self._seconds += now - self._since - FORGOTTEN_SHARE * self._seconds
         self._since = now
