@@ -546,7 +546,7 @@ def test_a_model_that_is_still_loading_is_503_and_loads_on(serve: Serve) -> None
     assert_problem(features(service.http), 503, "model-loading")
     [load] = service.engine.networks.cache._loads.values()
     loaded = Event()
-    load.add_done_callback(lambda _: loaded.set())
+    load.task.add_done_callback(lambda _: loaded.set())
     gate.set()
     assert loaded.wait(60)
     assert features(service.http).status_code == 200
