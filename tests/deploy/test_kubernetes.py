@@ -18,6 +18,7 @@ from tests.deploy.kustomize import KUBERNETES, Manifest, faults, identity, merge
 from tests.docs.test_documented import routes
 
 OVERLAYS = [path for path in roots() if path.parent.name == "overlays"]
+STOP_S = 5  # at most, after the drain
 DRAIN_MARGIN_S = 5
 LONGEST_START_S = 60
 ROUTES = routes()  # before any test sets variables of the service
@@ -90,16 +91,14 @@ def test_kubectl_makes_the_same_of_an_overlay(folder: Path) -> None:
 
 
 def test_a_replica_has_time_to_drain_before_it_is_killed(pod: Manifest, settings: Settings) -> None:
-    [container] = pod["containers"]
-    delay_s = container["lifecycle"]["preStop"]["sleep"]["seconds"]
-    needed_s = delay_s + settings.drain_seconds + DRAIN_MARGIN_S
+    needed_s = settings.drain_delay + settings.drain_seconds + STOP_S + DRAIN_MARGIN_S
     assert pod["terminationGracePeriodSeconds"] >= needed_s
 
 
-def test_nothing_new_is_sent_by_the_end_of_the_delay(container: Manifest) -> None:
+def test_nothing_new_is_sent_by_the_end_of_the_delay(container: Manifest, settings: Settings) -> None:
     probe = container["readinessProbe"]
     noticed_s = probe["periodSeconds"] * probe["failureThreshold"] + probe["timeoutSeconds"]
-    assert container["lifecycle"]["preStop"]["sleep"]["seconds"] >= noticed_s
+    assert settings.drain_delay >= noticed_s
 
 
 def test_probes_ask_routes_that_there_are(container: Manifest, settings: Settings) -> None:
