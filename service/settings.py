@@ -55,7 +55,9 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("BACKBONE_HUB_ENDPOINT", "HF_ENDPOINT"),
         description="the model hub; HF_ENDPOINT is understood too",
     )
-    max_checkpoint_bytes: int = Field(8 * 2**30, ge=1, description="largest checkpoint that is downloaded")
+    max_checkpoint_bytes: int = Field(
+        8 * 2**30, ge=1, description="largest checkpoint that is downloaded or read"
+    )
     download_timeout: float = Field(600.0, gt=0, description="seconds that one checkpoint download may take")
     image_hosts: Names = Field(
         (), description="hosts an image URL may name, comma separated; without any, URLs are refused"

@@ -2,7 +2,7 @@
 
 Read as the pickles of torch's files are, by `service.checkpoints.pickles`: numpy's functions are neither imported nor
 called, an array is a record of what its pickle says, and becomes a tensor when its bytes have been counted. Long
-strings of bytes stay in the mapped file. Protocols 1 to 5 of either Python; Python 2's strings are bytes here.
+strings of bytes stay where the file is in memory. Protocols 1 to 5 of either Python; Python 2's strings are bytes here.
 
 Layouts: an array is `_reconstruct(ndarray, (0,), b"b")` with the state `(version, shape, dtype, is_fortran, bytes)`,
 or in protocol 5 `_frombuffer(bytes, dtype, shape, order)`; a dtype is `dtype("f4", False, True)` with the state
@@ -18,7 +18,6 @@ import pickletools
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import torch
@@ -60,7 +59,7 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Bytes of the file that are not copied."""
+    """Bytes of the file that are not copied once more."""
 
     first: int
     length: int
@@ -141,7 +140,7 @@ class NumpyFile:
         self._made: dict[int, Tensor] = {}
 
     def tensor(self, record: ArrayRecord) -> Tensor:
-        """The array as a tensor on the CPU: a view of the mapped file where its bytes are aligned there.
+        """The array as a tensor on the CPU: a view of the file's copy where its bytes are aligned there.
 
         Raises:
             DamagedPickleError: its bytes are not those of its shape, or all arrays together have more than the file.
@@ -273,26 +272,20 @@ def _nothing_outside(_identifier: object) -> object:
 # --- reading --------------------------------------------------------------------------------------
 
 
-def read_numpy_file(path: Path) -> NumpyFile:
-    """The one object of a pickle file, with a record for every array.
+def read_numpy_file(mapped: mmap.mmap) -> NumpyFile:
+    """The one object of a pickle file that is in memory, with a record for every array.
 
     Raises:
-        DamagedPickleError: empty, truncated, garbage or over the bounds.
+        DamagedPickleError: truncated, garbage or over the bounds.
         ForeignObjectError: it names anything but numpy's arrays.
-        OSError: the file cannot be read.
     """
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        if size == 0:
-            raise DamagedPickleError("empty")
-        if size > MAX_FILE_BYTES:
-            raise ForeignObjectError(f"is a .pkl file of more than {MAX_FILE_BYTES} bytes")
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    if len(mapped) > MAX_FILE_BYTES:
+        raise ForeignObjectError(f"is a .pkl file of more than {MAX_FILE_BYTES} bytes")
     return NumpyFile(load_operations(_operations(_Source(mapped)), VOCABULARY, _nothing_outside), mapped)
 
 
 class _Source:
-    """A mapped file read from front to back, as `pickletools` reads one; long strings are only passed over."""
+    """A file in memory, read from front to back, as `pickletools` reads one; long strings are only passed over."""
 
     def __init__(self, mapped: mmap.mmap) -> None:
         self._mapped = mapped

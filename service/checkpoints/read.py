@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
+from service.checkpoints.copies import OtherBytesError, copied
 from service.checkpoints.numpy_files import ArrayRecord, read_numpy_file
 from service.checkpoints.pickles import DamagedPickleError, ForeignObjectError
 from service.checkpoints.torch_files import DTYPES, TensorRecord, is_torch_file, read_torch_file
-from service.errors import CheckpointUnavailable, CheckpointUnreadable
+from service.errors import CheckpointUnavailable, CheckpointUnreadable, Unavailable
 
 StateDict = dict[str, Tensor]
 
@@ -28,21 +30,30 @@ MAX_WRAPPERS: Final = 2
 R = TypeVar("R")
 
 
-def read_checkpoint(path: Path, *, pointer: str) -> StateDict:
+def read_checkpoint(path: Path, *, pointer: str, sha256: str = "") -> StateDict:
     """The tensors of a file, on the CPU and of the dtype they have in it, by their names.
 
-    They are views of the mapped file: replace a checkpoint by renaming, never by writing into it. A state
+    They are views of a copy of the file in memory, which nobody can change. A state
     dict is taken out of `state_dict`, `model`, `model_state` or `model_state_dict`, or is the file itself;
     what is not a tensor is left out, and a leading `module.` (data parallel training) is taken off. Of a `.pkl` the
     arrays are read, also out of Caffe2's `blobs`, without its momenta.
 
+    Args:
+        path: of the file; its ending says how it is read.
+        pointer: the key of the request to blame.
+        sha256: of the bytes that it had when it was looked at; empty if any will do.
+
     Raises:
         CheckpointUnreadable: not a file of dense real tensors; nothing that it names has been run.
         CheckpointUnavailable: the file went away.
+        Unavailable: it has other bytes by now.
     """
     reader = _READERS.get(path.suffix.lower(), _read_torch)
     try:
-        state = reader(path)
+        state = reader(copied(path, sha256))
+    except OtherBytesError as error:
+        detail = f"{pointer}: the checkpoint file was replaced while it was being loaded; ask again"
+        raise Unavailable(detail) from error
     except DamagedPickleError as error:
         detail = f"is not a whole checkpoint file: {error}"
         raise CheckpointUnreadable(pointer, detail) from error
@@ -55,9 +66,13 @@ def read_checkpoint(path: Path, *, pointer: str) -> StateDict:
     return _without_data_parallel(state)
 
 
-def _read_safetensors(path: Path) -> StateDict:
+def _read_safetensors(mapped: mmap.mmap) -> StateDict:
+    with (
+        mapped
+    ):  # the library takes bytes, and copies the tensors out of them: no more than two of the three at a time
+        data = mapped[:]
     try:
-        state: StateDict = load_file(path)
+        state: StateDict = load(data)
     except SafetensorError as error:  # its text is of offsets in the header
         raise DamagedPickleError("its safetensors header and its data do not agree") from error
     for tensor in state.values():
@@ -67,8 +82,8 @@ def _read_safetensors(path: Path) -> StateDict:
     return state
 
 
-def _read_torch(path: Path) -> StateDict:
-    file = read_torch_file(path)
+def _read_torch(mapped: mmap.mmap) -> StateDict:
+    file = read_torch_file(mapped)
     named = _state_dict(file.root, TensorRecord, WRAPPERS)
     try:
         return {name: file.storages.tensor(record) for name, record in named.items()}
@@ -76,11 +91,11 @@ def _read_torch(path: Path) -> StateDict:
         raise DamagedPickleError("a tensor that torch refuses") from error
 
 
-def _read_pickle(path: Path) -> StateDict:
+def _read_pickle(mapped: mmap.mmap) -> StateDict:
     """A pickle of arrays; what `torch.save` has written is that, whatever it is called."""
-    if is_torch_file(path):
-        return _read_torch(path)
-    file = read_numpy_file(path)
+    if is_torch_file(mapped):
+        return _read_torch(mapped)
+    file = read_numpy_file(mapped)
     named = _state_dict(file.root, ArrayRecord, ARRAY_WRAPPERS)
     try:
         return {name: file.tensor(record) for name, record in named.items() if not name.endswith(MOMENTUM)}
@@ -88,7 +103,7 @@ def _read_pickle(path: Path) -> StateDict:
         raise DamagedPickleError("an array that is none") from error
 
 
-_READERS: Final[Mapping[str, Callable[[Path], StateDict]]] = {
+_READERS: Final[Mapping[str, Callable[[mmap.mmap], StateDict]]] = {
     ".safetensors": _read_safetensors,
     ".pkl": _read_pickle,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,12 +46,15 @@ from service.checkpoints.published import NEAREST, NEAREST_SCORE
 from service.checkpoints.transfers import Transfer
 from service.config.spec import WeightsRef
 from service.errors import CheckpointUnavailable, Draining
+from service.files import open_regular
 
 MAX_LISTED: Final = 5000
 MAX_DIGESTS: Final = 4096
+# A file that is written to again so soon after may keep its times, where clocks and file systems count coarsely.
+RESTED_S: Final = 2.0
 
 SourceKind = Literal["checkpoint", "hub", "url"]
-Identity = tuple[str, int, int, int]
+Identity = tuple[str, int, int, int, int]
 _KINDS: Final[Mapping[type[Name], SourceKind]] = {FileName: "checkpoint", HubName: "hub", UrlName: "url"}
 
 
@@ -64,7 +68,8 @@ class CheckpointFile:
         source: a file of the checkpoint directory, of the hub, or of a host.
         name: as the client asked for it.
         size: in bytes.
-        identity: path, inode, size and mtime in ns: changes when the file is replaced.
+        identity: path, inode, size, mtime and ctime in ns: changes when the file is replaced or written to.
+        is_rested: whether the file had been left alone for so long that its identity tells its versions apart.
     """
 
     path: Path
@@ -73,6 +78,7 @@ class CheckpointFile:
     name: str
     size: int
     identity: Identity
+    is_rested: bool
 
 
 class CheckpointStore:
@@ -133,10 +139,10 @@ class CheckpointStore:
         if known is None:
             return None
         try:
-            unchanged = _identity(known.path, known.path.stat()) == known.identity
+            status = known.path.stat()
         except OSError:
-            unchanged = False
-        return known if unchanged else None
+            return None
+        return known if _identity(known.path, status) == known.identity else None
 
     def at_hand(self, ref: WeightsRef) -> CheckpointFile | None:
         """The file that `resolve` would find without asking anybody, None if it must be fetched; reads all of it.
@@ -168,6 +174,8 @@ class CheckpointStore:
         return self._settle(ref.name, found)
 
     def _settle(self, name: str, found: CheckpointFile) -> CheckpointFile:
+        if not found.is_rested:
+            return found
         if len(self._settled) >= MAX_DIGESTS:
             self._settled.clear()
         self._settled[name] = found
@@ -213,10 +221,14 @@ class CheckpointStore:
 
     def _described(self, path: Path, source: SourceKind, name: str) -> CheckpointFile:
         try:
-            sha256, identity = self._digests.of(path)
+            sha256, identity, is_rested = self._digests.of(path, self._limits.max_bytes)
+        except _TooLongError as error:
+            raise RefusedNameError(
+                f"{shown(name)} is over the limit of {self._limits.max_bytes} bytes"
+            ) from error
         except OSError as error:  # removed since, or not ours to read
             raise UnknownFileError(name) from error
-        return CheckpointFile(path, sha256, source, name, identity[2], identity)
+        return CheckpointFile(path, sha256, source, name, identity[2], identity, is_rested)
 
     # --- files of the directory -----------------------------------------------------------------
 
@@ -231,7 +243,7 @@ class CheckpointStore:
         found = process.extract(
             name, _listed(self._directory), scorer=fuzz.WRatio, limit=NEAREST, score_cutoff=NEAREST_SCORE
         )
-        nearest = ", ".join(choice for choice, _, _ in found)
+        nearest = ", ".join(choice for choice, _, _ in found if choice != name)  # which may be a pipe
         detail = UnknownFileError(name).detail
         return RefusedNameError(f"{detail}; nearest: {nearest}" if nearest else detail)
 
@@ -304,30 +316,40 @@ class CheckpointStore:
         """Whether a fetched file still has the bytes that its receipt vouches for."""
         promised = receipt_of(target)
         try:
-            return bool(promised) and self._digests.of(target)[0] == promised
+            return bool(promised) and self._digests.of(target, self._limits.max_bytes)[0] == promised
         except OSError:  # gone, or not a file that can be read: to be fetched again
             return False
 
 
+class _TooLongError(OSError):
+    """A file that is not read, for its length."""
+
+
 class _Digests:
-    """sha256 of files, remembered as long as path, inode, size and mtime stay."""
+    """sha256 of files, remembered as long as path, inode, size and times stay."""
 
     def __init__(self) -> None:
         self._lock = Lock()
         self._known: dict[Identity, str] = {}
         self._hashing: SingleFlight[Identity, str] = SingleFlight()
 
-    def of(self, path: Path) -> tuple[str, Identity]:
-        """Digest and identity of a regular file.
+    def of(self, path: Path, max_bytes: int) -> tuple[str, Identity, bool]:
+        """Digest and identity of a regular file of at most `max_bytes`, and whether it had rested before it was read.
 
         Raises:
-            OSError: it cannot be read, or is not a regular file.
+            OSError: it cannot be read, is not a regular file, or is longer.
         """
-        with _open_regular(path) as file:
-            identity = _identity(path, os.fstat(file.fileno()))
+        with open_regular(path) as file:
+            status = os.fstat(file.fileno())
+            if status.st_size > max_bytes:
+                raise _TooLongError
+            identity = _identity(path, status)
+            if not _is_rested(status):
+                return hashlib.file_digest(file, "sha256").hexdigest(), identity, False
             with self._lock:
                 known = self._known.get(identity)
-            return known or self._hashing.do(identity, partial(self._hash, file, identity)), identity
+            sha256 = known or self._hashing.do(identity, partial(self._hash, file, identity))
+        return sha256, identity, True
 
     def _hash(self, file: BufferedReader, identity: Identity) -> str:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -338,17 +360,13 @@ class _Digests:
         return sha256
 
 
-def _open_regular(path: Path) -> BufferedReader:
-    """Open for reading; O_NONBLOCK so that a pipe put in the file's place cannot hold the thread."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError("not a regular file")
-    return os.fdopen(descriptor, "rb")
-
-
 def _identity(path: Path, status: os.stat_result) -> Identity:
-    return str(path), status.st_ino, status.st_size, status.st_mtime_ns
+    return str(path), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _is_rested(status: os.stat_result) -> bool:
+    """Whether a file was left alone long enough for its times to tell its versions apart; future ones tell nothing."""
+    return not 0 <= time.time() - status.st_ctime < RESTED_S
 
 
 def _inside(directory: Path, name: FileName) -> Path | None:

@@ -1,7 +1,7 @@
 """The two formats of `torch.save`: a zip of records, and before torch 1.6 pickles followed by raw storages.
 
-Both are read without `torch.load`: the pickle by `service.checkpoints.pickles`, the tensors as views of the
-mapped file. Nothing of the process is changed (torch's list of safe globals is one for all threads), no
+Both are read without `torch.load`: the pickle by `service.checkpoints.pickles`, the tensors as views of a
+copy of the file in memory. Nothing of the process is changed (torch's list of safe globals is one for all threads), no
 memory is taken that the file does not hold, and a tensor that reaches past its storage is refused instead
 of resized.
 
@@ -19,8 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
-from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, cast
 
 import torch
 from torch import Tensor
@@ -97,13 +96,13 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class Storages:
-    """The mapped file and where in it each storage lies: key → (first byte, bytes)."""
+    """The file in memory and where in it each storage lies: key → (first byte, bytes)."""
 
     mapped: mmap.mmap
     places: Mapping[str, tuple[int, int]]
 
     def tensor(self, record: TensorRecord) -> Tensor:
-        """The tensor on the CPU, a view of the mapped file (private: writing to it does not change the file).
+        """The tensor on the CPU, a view of the file's copy in memory.
 
         Raises:
             DamagedPickleError: it reaches outside its storage, or its storage outside the file.
@@ -339,36 +338,25 @@ class TorchFile:
     storages: Storages
 
 
-def read_torch_file(path: Path) -> TorchFile:
-    """A file of `torch.save`, of either format.
+def read_torch_file(mapped: mmap.mmap) -> TorchFile:
+    """A file of `torch.save`, of either format, that is in memory.
 
     Raises:
-        DamagedPickleError: empty, truncated, garbage, compressed or over the bounds.
+        DamagedPickleError: truncated, garbage, compressed or over the bounds.
         ForeignObjectError: it holds more than tensors and known metadata.
-        OSError: the file cannot be read.
     """
-    with path.open("rb") as file:
-        start = file.read(len(ZIP_START))
-        if len(start) < len(ZIP_START):
-            raise DamagedPickleError("empty")
-        file.seek(0)
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        reader = _read_zip if start == ZIP_START else _read_legacy
-        return reader(file, mapped)
+    if len(mapped) < len(ZIP_START):
+        raise DamagedPickleError("empty")
+    return _read_zip(mapped) if mapped[: len(ZIP_START)] == ZIP_START else _read_legacy(mapped)
 
 
-def is_torch_file(path: Path) -> bool:
-    """Whether a file begins as those of `torch.save` do, whatever it is called.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
-    with path.open("rb") as file:
-        return file.read(len(LEGACY_START)).startswith((ZIP_START, LEGACY_START))
+def is_torch_file(mapped: mmap.mmap) -> bool:
+    """Whether a file begins as those of `torch.save` do, whatever it is called."""
+    return mapped[: len(LEGACY_START)].startswith((ZIP_START, LEGACY_START))
 
 
-def _read_zip(file: BinaryIO, mapped: mmap.mmap) -> TorchFile:
-    records = _zip_records(file, mapped)
+def _read_zip(mapped: mmap.mmap) -> TorchFile:
+    records = _zip_records(mapped)
     if "constants.pkl" in records:
         raise ForeignObjectError("is a TorchScript program, not a file of tensors")
     first, length = records.get("byteorder", (0, 0))
@@ -388,12 +376,12 @@ def _pickle_bytes(mapped: mmap.mmap, first: int, length: int) -> bytes:
     return mapped[first : first + length]
 
 
-def _zip_records(file: BinaryIO, mapped: mmap.mmap) -> dict[str, tuple[int, int]]:
+def _zip_records(mapped: mmap.mmap) -> dict[str, tuple[int, int]]:
     """Records by their name below the archive's one folder: (first byte, bytes)."""
     if _directory_bytes(mapped) > MAX_DIRECTORY_BYTES:
         raise DamagedPickleError("a zip file of too many records")
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(cast("BinaryIO", mapped)) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError) as error:
         raise DamagedPickleError("a damaged zip file") from error
@@ -429,8 +417,22 @@ def _place(entry: zipfile.ZipInfo, mapped: mmap.mmap) -> tuple[int, int]:
     return first, entry.file_size
 
 
-def _read_legacy(file: BinaryIO, mapped: mmap.mmap) -> TorchFile:
-    stream = BoundedStream(file)
+class _Lines:
+    """A file in memory as a stream: what mmap lacks is a line of at most so many bytes."""
+
+    def __init__(self, mapped: mmap.mmap) -> None:
+        self.read = mapped.read
+        self._mapped = mapped
+
+    def readline(self, limit: int) -> bytes:
+        """To the end of the line, or `limit` bytes."""
+        at = self._mapped.tell()
+        end = self._mapped.find(b"\n", at, at + limit)
+        return self._mapped.read(limit if end < 0 else end + 1 - at)
+
+
+def _read_legacy(mapped: mmap.mmap) -> TorchFile:
+    stream = BoundedStream(_Lines(mapped))
     header = [load_pickle(stream, VOCABULARY, _no_storage) for _ in range(2)]
     if header != [MAGIC_NUMBER, PROTOCOL_VERSION]:
         raise DamagedPickleError("neither of torch's formats")
@@ -440,7 +442,7 @@ def _read_legacy(file: BinaryIO, mapped: mmap.mmap) -> TorchFile:
     keys = load_pickle(stream, VOCABULARY, _no_storage)
     if not isinstance(keys, list):
         raise DamagedPickleError("no list of storages")
-    return TorchFile(root, Storages(mapped, _legacy_places(mapped, file.tell(), keys, counts)))
+    return TorchFile(root, Storages(mapped, _legacy_places(mapped, mapped.tell(), keys, counts)))
 
 
 def _legacy_places(

@@ -92,6 +92,14 @@ class Weights:
         """What a network's id says of its weights."""
         return f"{self.file.sha256}:{self.ref.prefix or ''}"
 
+    def read(self) -> StateDict:
+        """The tensors of the very bytes that the digest is of.
+
+        Raises:
+            CheckpointUnreadable, CheckpointUnavailable, Unavailable: as `read_checkpoint`.
+        """
+        return read_checkpoint(self.file.path, pointer=self.ref.pointer, sha256=self.file.sha256)
+
 
 def network_id(key: str, weights: Weights | None) -> str:
     """The id of what the architecture of this key is with these weights; equal on every replica."""
@@ -114,7 +122,7 @@ def build_model(plan: Plan, weights: Weights | None, device: torch.device) -> Lo
         if weights is None:
             backbone, keys = plan.family.build(plan.config), LoadedKeys(0)
         else:
-            state = read_checkpoint(weights.file.path, pointer=weights.ref.pointer)
+            state = weights.read()
             backbone, keys = load_any(plan.family, plan.config, state, weights.ref)
     engine = TorchEngine(_placed(backbone, device), device, keys.missing)
     file = weights.file if weights is not None else None
@@ -126,7 +134,7 @@ def build_neck(plan: NeckPlan, weights: Weights | None, device: torch.device) ->
 
     Weights that are the backbone's checkpoint, and not the neck's own, fill it only if the file has a neck.
     """
-    state = None if weights is None else read_checkpoint(weights.file.path, pointer=weights.ref.pointer)
+    state = None if weights is None else weights.read()
     if state is not None and plan.config.weights() is None and not has_neck(state):
         state = None
     with seeded(plan.key):

@@ -138,7 +138,7 @@ def test_a_request_whose_deadline_passes_is_told_how_far_it_is_and_the_download_
     assert late.headers["retry-after"] == "5"
     resume(answer)
     listed(service.http, lambda found: not found)
-    assert service.engine.store.peek(WeightsRef(NAME)) is not None
+    assert service.engine.store.at_hand(WeightsRef(NAME)) is not None
     assert remote.ranges == [None, f"bytes={HALF}-"]
 
 
