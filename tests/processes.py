@@ -78,6 +78,11 @@ class Process:
         assert words in line, "".join(self.lines)
         return line
 
+    @property
+    def pid(self) -> int:
+        """Its number among the processes."""
+        return self._process.pid
+
     def resident_bytes(self) -> int:
         """What the process has in memory now."""
         return int(psutil.Process(self._process.pid).memory_info().rss)

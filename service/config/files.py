@@ -22,6 +22,7 @@ from service.config.plain import as_json, bounded
 from service.config.python_files import PythonFile, Refused
 from service.config.whole_configs import read_whole, scoped, scoped_neck
 from service.errors import InvalidConfig, NotFound, UnknownConfig
+from service.files import open_regular
 from service.validation import pointer_to
 
 SUFFIXES = (".yaml", ".yml", ".json", ".py")
@@ -109,13 +110,12 @@ class ConfigCatalogue:
     def _read(self, path: Path) -> _File:
         shown = path.relative_to(self._root).as_posix()
         try:
-            size = path.stat().st_size if path.is_file() else None  # no pipe, no dead link
-            source = path.read_bytes() if size is not None and size <= MAX_FILE_BYTES else b""
-        except OSError as error:
-            raise InvalidConfig("#", f"{shown} cannot be read") from error
-        if size is None:
-            raise InvalidConfig("#", f"{shown} is not a file")
-        if size > MAX_FILE_BYTES:
+            with open_regular(path) as file:
+                source = file.read(MAX_FILE_BYTES + 1)
+        except OSError as error:  # a pipe, a dead link, not ours to read
+            what = "cannot be read" if path.is_file() else "is not a file"
+            raise InvalidConfig("#", f"{shown} {what}") from error
+        if len(source) > MAX_FILE_BYTES:
             raise InvalidConfig("#", f"{shown} is larger than {MAX_FILE_BYTES:,} bytes")
         return PARSERS[path.suffix](path, shown, source)
 

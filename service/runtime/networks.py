@@ -105,8 +105,8 @@ class Networks:
         self._note_load(artefact.key, prepared.model_id, target.plan.type, target.weights)
         try:
             return await self._lease(artefact.key, artefact.needed_bytes, load, prepared, stack)
-        except ArtefactLost:
-            self.promotions.lost(artefact, prepared.model_id)
+        except ArtefactLost as error:
+            self.promotions.lost(artefact, prepared.model_id, str(error))
             return None
 
     async def _on_torch(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,7 +27,12 @@ from service.runtime.engines.artefacts import Artefact, ArtefactStore
 from service.runtime.engines.base import FIRST_REQUESTS, RECORDS_KEPT, State
 from service.runtime.engines.comparison import difference
 from service.runtime.engines.conversion import ConversionFailed, Converter, NoLongerWanted
-from service.runtime.engines.openvino_engine import OpenVINODevice, OpenVINOEngine, Threads
+from service.runtime.engines.openvino_engine import (
+    DamagedNetworkError,
+    OpenVINODevice,
+    OpenVINOEngine,
+    Threads,
+)
 from service.runtime.engines.orders import Order
 from service.runtime.engines.samples import Samples
 from service.runtime.model import LoadedModel, LoadedNetwork, Weights
@@ -46,6 +50,8 @@ CONVERTER_BYTES, CONVERTER_BYTES_PER_WEIGHT = 700_000_000, 6
 MAX_UNDER_WAY = 8
 # What OpenVINO raises when it reads or runs a network.
 ENGINE_ERRORS = (RuntimeError, ValueError, TypeError, OSError)
+DAMAGED = "the files of its converted network were damaged"
+LOST = "the files of its converted network cannot be read"
 CPU = torch.device("cpu")
 log = logging.getLogger("service.engines")
 Asked = tuple[tuple[str, ...], tuple[int, int]]
@@ -211,9 +217,14 @@ class Promotions:
         """
         facts, weights = artefact.facts, target.weights
         try:
-            engine = OpenVINOEngine(self._device, artefact.path, facts.nodes, facts.missing, self._room)
+            engine = OpenVINOEngine(
+                self._device, artefact.path, facts.nodes, facts.missing, self._room, facts.sha256
+            )
+        except DamagedNetworkError as error:
+            self._store.remove(artefact)
+            raise ArtefactLost(DAMAGED) from error
         except ENGINE_ERRORS as error:
-            raise ArtefactLost from error
+            raise ArtefactLost(LOST) from error
         self._store.touch(artefact)
         file = None if weights is None else weights.file
         return LoadedModel(target.model_id, target.plan.type, engine.bytes, CPU, file, facts.keys, engine)
@@ -225,11 +236,12 @@ class Promotions:
     def _room(self) -> int:
         return self._cache.budget_bytes - self._cache.used_bytes
 
-    def lost(self, artefact: Artefact, model_id: str) -> None:
-        """Forget a converted network whose files cannot be read; it may be made again."""
+    def lost(self, artefact: Artefact, model_id: str, reason: str) -> None:
+        """Forget a converted network whose files cannot be read; it is made again after some more requests."""
+        log.warning("a converted network of the engine cache: %s", reason)
         record = self._record(model_id)
         record.artefacts = [known for known in record.artefacts if known.key != artefact.key]
-        record.state = "waiting"
+        record.state, record.reason = "waiting", reason
 
     async def distrust(self, model: LoadedModel, size: tuple[int, int]) -> bool:
         """Give up the converted networks of a model, one of which failed on an input of [height, width].
@@ -293,6 +305,8 @@ class Promotions:
         weight_bytes = target.plan.description.bytes
         if free_bytes(CPU) < CONVERTER_BYTES + CONVERTER_BYTES_PER_WEIGHT * weight_bytes:  # asks the system
             return "there is too little free memory to convert it"
+        if not self._store.has_room(weight_bytes):
+            return "the engine cache has no room on its disk for it"
         return ""
 
     def _fits(self, target: Target) -> bool:
@@ -330,7 +344,7 @@ class Promotions:
             return
         except (ConversionFailed, ServiceError, ArtefactLost) as error:
             reason = error.detail if isinstance(error, ServiceError) else str(error)
-            record.state, record.reason = "stays", reason or "the converted network cannot be read"
+            record.state, record.reason = "stays", reason
             self._metrics.promotions.labels("failed").inc()
             return
         record.artefacts = [known for known in record.artefacts if known.key != artefact.key] + [artefact]
@@ -357,7 +371,7 @@ class Promotions:
             record.state = "converting" if is_here else "waiting"
             return is_here
 
-        path = self._store.folder / f".{secrets.token_hex(8)}.xml"
+        path = self._store.new_path()
         order = Order.of(
             target.plan,
             target.model_id,

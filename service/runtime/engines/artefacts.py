@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
+import secrets
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,11 +16,12 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import orjson
 
 from service.config.spec import LoadedKeys
+from service.errors import Unavailable
 from service.runtime.engines.openvino_engine import OpenVINOEngine
 from service.version import service_version
 
@@ -28,6 +32,11 @@ SUFFIXES = (FACTS_SUFFIX, ".xml", ".bin")
 # An engine that takes longer than torch, by this much over the noise, is slower.
 SLOWEST = 1.05
 LEFTOVER_S = 24 * 3600.0
+NO_ROOM = "there is no room to keep the converted network, or it cannot be written"
+# What the `.xml` and the facts of a network take, about; the largest has some megabytes.
+DESCRIPTION_BYTES = 1_000_000
+WORKPLACE = ".making-"
+LOCK = "lock"
 log = logging.getLogger("service.engines")
 
 
@@ -52,6 +61,7 @@ class Facts:
         cpu_ms: of one image on one core, by engine.
         keys: how the checkpoint went into the network.
         missing: for each node the weights that it needs and the checkpoint has not.
+        sha256: of the network's files, as `network_sha256` gives it; empty for a refusal.
         compared: whether it was compared on requests of real clients too.
     """
 
@@ -67,6 +77,7 @@ class Facts:
     seconds: float = 0.0
     keys: LoadedKeys = field(default_factory=lambda: LoadedKeys(0))
     missing: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    sha256: str = ""
     compared: bool = False
 
     @property
@@ -148,6 +159,8 @@ class ArtefactStore:
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self.folder = folder if _is_writable(folder) else self._until_exit(folder)
         self._remove_leftovers()
+        self._workplace = Path(tempfile.mkdtemp(prefix=WORKPLACE, dir=self.folder))
+        self._lock = _own(self._workplace)
 
     def _until_exit(self, folder: Path) -> Path:
         self._temporary = tempfile.TemporaryDirectory(prefix="backbone-engines-")
@@ -155,12 +168,31 @@ class ArtefactStore:
         return Path(self._temporary.name)
 
     def _remove_leftovers(self) -> None:
-        """Remove what conversions left whose process was killed; another process may be at work on younger ones."""
+        """Remove what processes left that were killed: their workplaces, and networks without facts once they are old,
+        for another process may be about to write these.
+        """
+        for workplace in self.folder.glob(f"{WORKPLACE}*"):
+            lock = _abandoned(workplace)
+            if lock is not None:
+                with lock:
+                    shutil.rmtree(workplace, ignore_errors=True)  # another process may be removing it
         oldest = time.time() - LEFTOVER_S
-        for path in self.folder.glob(".*"):
-            with suppress(FileNotFoundError):  # another process may be removing it
-                if path.suffix in SUFFIXES and path.stat().st_mtime < oldest:
+        for path in self.folder.iterdir():
+            with suppress(FileNotFoundError):
+                is_network = path.suffix in SUFFIXES and not path.with_suffix(FACTS_SUFFIX).exists()
+                if is_network and path.stat().st_mtime < oldest:
                     path.unlink()
+
+    def has_room(self, weight_bytes: int) -> bool:
+        """Whether the disk has room for a network with so many bytes of weights; asks the system."""
+        try:
+            return shutil.disk_usage(self.folder).free > weight_bytes + DESCRIPTION_BYTES
+        except OSError:  # the folder is gone
+            return False
+
+    def new_path(self) -> Path:
+        """Where an `.xml` may be made that has no name yet; goes with this process, if it is not kept."""
+        return self._workplace / f"{secrets.token_hex(8)}.xml"
 
     def known(self, model_id: str) -> list[Artefact]:
         """All artefacts of a model that these versions made."""
@@ -185,21 +217,28 @@ class ArtefactStore:
         """Move what a conversion made into its place, the facts last; the oldest others give way.
 
         Args:
-            made: the `.xml` with its `.bin` beside it in this folder; None for a refusal.
+            made: the `.xml` with its `.bin` beside it, at a `new_path`; None for a refusal.
+
+        Raises:
+            Unavailable: there is no room, or the folder cannot be written.
         """
         path = self.path_for(facts.model_id, facts.nodes, facts.size)
-        for suffix in (".bin", ".xml") if made is not None else ():
-            assert made is not None
-            made.with_suffix(suffix).replace(path.with_suffix(suffix))
         artefact = Artefact(replace(facts, versions=self._versions), path)
-        self._write_facts(artefact)
+        try:
+            for suffix in (".bin", ".xml") if made is not None else ():
+                assert made is not None
+                made.with_suffix(suffix).replace(path.with_suffix(suffix))
+            self._write_facts(artefact)
+        except OSError as error:
+            self._remove(artefact.key)
+            raise Unavailable(NO_ROOM) from error
         self._make_room(keep=artefact.key)
         return artefact
 
     def confirmed(self, artefact: Artefact) -> Artefact:
         """The artefact, noted as compared on real requests."""
         confirmed = replace(artefact, facts=replace(artefact.facts, compared=True))
-        self._write_facts(confirmed)
+        self._note_facts(confirmed)
         return confirmed
 
     def refused(self, artefact: Artefact, reason: str) -> Artefact:
@@ -207,14 +246,23 @@ class ArtefactStore:
         for suffix in (".xml", ".bin"):
             artefact.path.with_suffix(suffix).unlink(missing_ok=True)
         refusal = replace(artefact, facts=replace(artefact.facts, outcome="refused", reason=reason))
-        self._write_facts(refusal)
+        self._note_facts(refusal)
         return refusal
 
+    def _note_facts(self, artefact: Artefact) -> None:
+        """Write what is known to this process anyway: without room it is found out again after a restart."""
+        try:
+            self._write_facts(artefact)
+        except OSError:
+            log.warning("what was found out about a converted network cannot be kept over a restart")
+
     def _write_facts(self, artefact: Artefact) -> None:
-        path = artefact.path.with_suffix(FACTS_SUFFIX)
-        partial = path.with_suffix(".part")
-        partial.write_bytes(artefact.facts.to_json())
-        partial.replace(path)
+        partial = self.new_path()
+        try:
+            partial.write_bytes(artefact.facts.to_json())
+            partial.replace(artefact.path.with_suffix(FACTS_SUFFIX))
+        finally:
+            partial.unlink(missing_ok=True)
 
     def _make_room(self, keep: str) -> None:
         kept = sorted(self._stems(), key=lambda entry: entry[1])
@@ -224,6 +272,10 @@ class ArtefactStore:
                 return
             self._remove(stem)
             total -= size
+
+    def remove(self, artefact: Artefact) -> None:
+        """Take an artefact out, whose files are not what was written."""
+        self._remove(artefact.key)
 
     def _stems(self) -> Iterator[tuple[str, float, int]]:
         """Each artefact with when its network was last used and its bytes."""
@@ -247,6 +299,9 @@ class ArtefactStore:
 
     def close(self) -> None:
         """Remove what was only meant for this process."""
+        shutil.rmtree(self._workplace, ignore_errors=True)  # the converter may be writing there to its end
+        if self._lock is not None:
+            self._lock.close()
         if self._temporary is not None:
             self._temporary.cleanup()
 
@@ -258,3 +313,30 @@ def _is_writable(folder: Path) -> bool:
             return True
     except OSError:
         return False
+
+
+def _own(workplace: Path) -> BinaryIO | None:
+    """The lock of a new workplace, which ends with its process; None where there are no locks."""
+    fresh = workplace / "new"
+    lock = fresh.open("xb")
+    is_locked = _lock(lock)
+    fresh.rename(workplace / LOCK)  # locked already when another process finds it
+    return lock if is_locked else None
+
+
+def _abandoned(workplace: Path) -> BinaryIO | None:
+    """The lock of a workplace whose process has ended; None where it has not."""
+    try:
+        lock = (workplace / LOCK).open("r+b")
+    except OSError:
+        return None
+    return lock if _lock(lock) else None
+
+
+def _lock(file: BinaryIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # taken, or there are no locks here
+        file.close()
+        return False
+    return True

@@ -13,11 +13,14 @@ import math
 import os
 import statistics
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,11 +29,11 @@ from torch import Tensor, nn
 from service.backbones.base import Backbone
 from service.backbones.catalogue import backbone_registry
 from service.config.files import ConfigCatalogue
-from service.errors import InvalidConfig, ServiceError
+from service.errors import InvalidConfig, ServiceError, Unavailable
 from service.necks.catalogue import neck_registry
 from service.protocol.reply import FloatArray
 from service.runtime.device import return_freed_memory
-from service.runtime.engines.artefacts import Facts
+from service.runtime.engines.artefacts import NO_ROOM, Facts
 from service.runtime.engines.comparison import TOLERANCES, relative_distance
 from service.runtime.engines.openvino_engine import OpenVINODevice, OpenVINOEngine, Threads, load_openvino
 from service.runtime.engines.orders import Order
@@ -84,6 +87,7 @@ class _Trial:
     nodes: tuple[str, ...]
     converted: OpenVINOEngine
     channels: int
+    sha256: str
 
     def errors_at(self, size: tuple[int, int], count: int) -> dict[str, float] | None:
         """Relative L2 distances by node; infinite where the converted network fails, None where torch does."""
@@ -144,6 +148,7 @@ def convert(order: Order, planner: Planner, device: OpenVINODevice) -> Facts:
         model_id=order.model_id,
         versions="",
         outcome="converted",
+        sha256=trial.sha256,
         nodes=nodes,
         size=size,
         divisor=divisor,
@@ -212,15 +217,25 @@ def _converted(
     channels = plan.description.in_channels
     assert isinstance(model.engine, TorchEngine)
     try:
-        _trace(_Outputs(model.engine.backbone, nodes), channels, traced, order.path, fixed=fixed)
+        converted = _trace(_Outputs(model.engine.backbone, nodes), channels, traced, fixed=fixed)
     except (*CONVERSION_ERRORS, InvalidConfig) as error:
         raise Unconvertible(_first_line(error)) from error
+    sha256 = _saved(device, converted, order.path)
+    del converted
     gc.collect()
-    engine = OpenVINOEngine(device, order.path, nodes, {}, room=lambda: 0)
-    return _Trial(model, nodes, engine, channels)
+    engine = OpenVINOEngine(device, order.path, nodes, {}, room=lambda: 0, sha256=sha256)
+    return _Trial(model, nodes, engine, channels, sha256)
 
 
-def _trace(network: nn.Module, channels: int, size: tuple[int, int], path: Path, *, fixed: bool) -> None:
+def _saved(device: OpenVINODevice, converted: Any, path: Path) -> str:
+    """Write a network; a disk that has no room for it says nothing of whether it can be converted."""
+    try:
+        return device.save(converted, path)
+    except OSError as error:
+        raise Unavailable(NO_ROOM) from error
+
+
+def _trace(network: nn.Module, channels: int, size: tuple[int, int], *, fixed: bool) -> Any:
     openvino = load_openvino()
     shape = openvino.PartialShape([-1, channels, *(size if fixed else (-1, -1))])
     example = torch.from_numpy(_images(2, channels, size))
@@ -235,7 +250,7 @@ def _trace(network: nn.Module, channels: int, size: tuple[int, int], path: Path,
             _, found, operators = str(error).rpartition("Conversion is failed for: ")
             what = f"OpenVINO has no operator for {operators.strip()[:200]}" if found else _first_line(error)
             raise Unconvertible(what) from error
-    openvino.save_model(converted, path, compress_to_fp16=False)
+    return converted
 
 
 def frontend_failures() -> tuple[type[Exception], ...]:
@@ -293,6 +308,20 @@ def _be_first_out_of_memory() -> None:
         OUT_OF_MEMORY_SCORE.write_text("1000")
 
 
+def _orders() -> Iterator[bytes]:
+    """Orders as they come, one line each. The process ends with its input, whatever it is doing."""
+    lines: SimpleQueue[bytes] = SimpleQueue()
+
+    def read() -> None:
+        for line in sys.stdin.buffer:
+            lines.put(line)
+        os._exit(0)
+
+    threading.Thread(target=read, name="orders", daemon=True).start()
+    while True:
+        yield lines.get()
+
+
 def main() -> None:
     """Answer orders until there are no more."""
     # Whatever a library prints must not come between the answers.
@@ -305,7 +334,7 @@ def main() -> None:
     torch.set_num_threads(1)
     device = OpenVINODevice(Threads(1, 1))
     planner = Planner(backbone_registry(), neck_registry(), ConfigCatalogue(Path()))
-    for line in sys.stdin.buffer:
+    for line in _orders():
         answers.write(answer(line, planner, device).to_json() + b"\n")
         return_freed_memory(CPU)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import os
 import sys
 import threading
 from collections import Counter, OrderedDict, deque
@@ -44,6 +46,21 @@ def load_openvino() -> Any:
     return importlib.import_module("openvino")
 
 
+class DamagedNetworkError(Exception):
+    """The files of a network have other bytes than those that were written."""
+
+
+def network_sha256(path: Path) -> str:
+    """The sha256 of an `.xml` and its `.bin`, one after the other; 64 hex digits.
+
+    Raises:
+        OSError: they cannot be read.
+    """
+    digest = hashlib.sha256(path.read_bytes())
+    with path.with_suffix(".bin").open("rb") as file:
+        return hashlib.file_digest(file, lambda: digest).hexdigest()
+
+
 @dataclass(frozen=True)
 class Threads:
     """How the cores are shared: one batch alone has all of them, of several at a time each has its part."""
@@ -75,13 +92,42 @@ class OpenVINODevice:
         )
         return frozenset(precision for word, precision in found if word in native)
 
-    def read(self, path: Path) -> Any:
-        """The network of an `.xml` with its `.bin` beside it, which is mapped and not read.
+    def read(self, path: Path, sha256: str = "") -> Any:
+        """The network of an `.xml` with its `.bin` beside it, copied into memory: a mapped file that is cut off ends
+        the process.
+
+        Args:
+            path: of the `.xml`.
+            sha256: as `network_sha256` gives it; empty if any will do.
 
         Raises:
-            RuntimeError: the files are gone or not a network.
+            DamagedNetworkError: other bytes.
+            RuntimeError: not a network.
+            OSError: the files are gone.
         """
-        return self._core.read_model(path)
+        text = path.read_bytes()
+        with path.with_suffix(".bin").open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            weights = self._openvino.Tensor(self._openvino.Type.u8, self._openvino.Shape([size]))
+            came = file.readinto(weights.data)
+        digest = hashlib.sha256(text)
+        digest.update(memoryview(weights.data))
+        if came != size or sha256 not in ("", digest.hexdigest()):
+            raise DamagedNetworkError
+        return self._core.read_model(text.decode(), weights)
+
+    def save(self, model: Any, path: Path) -> str:
+        """Write an `.xml` and its `.bin`, in full precision, and read them back; gives their sha256.
+
+        Raises:
+            OSError: they cannot be written, or do not say what the network is.
+        """
+        try:
+            self._openvino.save_model(model, path, compress_to_fp16=False)
+            self.read(path)
+        except RuntimeError as error:
+            raise OSError("a network that cannot be written") from error
+        return network_sha256(path)
 
     def compiled(self, model: Any, precision: Precision, *, streams: int) -> Any:
         """The network ready to run. Threads are not pinned: decoding needs the same cores, and so may a neighbour."""
@@ -181,6 +227,7 @@ class OpenVINOEngine(BackboneEngine):
         nodes: shallow to deep.
         missing: for each node the weights that it needs and the checkpoint has not.
         room: how many bytes more the network may take; asked before it is compiled once more.
+        sha256: of the network's files; empty if any will do.
     """
 
     name = "openvino"
@@ -193,9 +240,10 @@ class OpenVINOEngine(BackboneEngine):
         nodes: Sequence[str],
         missing: Mapping[str, Sequence[str]],
         room: Callable[[], int],
+        sha256: str = "",
     ) -> None:
         self._device = device
-        self._model = device.read(path)
+        self._model = device.read(path, sha256)
         self._nodes = tuple(nodes)
         self._missing = missing
         self._room = room
