@@ -13,10 +13,12 @@ from typing import Any
 
 import httpx
 import numpy as np
+import orjson
 import psutil
 import pytest
 
 from service.runtime.engines.base import FIRST_REQUESTS
+from service.runtime.engines.openvino_engine import network_sha256
 from tests.api.problems import assert_problem, pointers
 from tests.api.test_third_party import TINY_NET, site, write_package  # noqa: F401 - site is a fixture
 from tests.conftest import RunningService, Serve, multipart
@@ -202,13 +204,15 @@ def save_a_network_that_fails_at_other_sizes(path: Path) -> None:
     results = network.get_results()
     source = results[-1].input_value(0)
     fixed = opset.reshape(source, np.array([1, 64, 2, 3], np.int64), special_zero=False)
-    # there is no other way to write to a file that is mapped
     copy = path.with_name("copy.xml")
     kept = [result.input_value(0) for result in results[:-1]]
     outputs = [*(opset.result(value) for value in kept), opset.result(fixed.output(0))]
     openvino.save_model(openvino.Model(outputs, network.get_parameters()), copy, compress_to_fp16=False)
     for suffix in (".xml", ".bin"):
         copy.with_suffix(suffix).replace(path.with_suffix(suffix))
+    facts = path.with_suffix(".json")
+    told = {**orjson.loads(facts.read_bytes()), "sha256": network_sha256(path)}
+    facts.write_bytes(orjson.dumps(told))
 
 
 def test_a_promoted_network_that_fails_hands_over_to_torch_within_the_request(
