@@ -95,7 +95,7 @@ class Probe:
 
 
 def _evictions(samples: Mapping[tuple[str, str], float]) -> float:
-    return samples.get(("backbone_model_evictions", ""), 0.0)
+    return samples.get(("backbone_model_evictions_total", ""), 0.0)
 
 
 def _message(job: Job, image: bytes, **parameters: str) -> bytes:

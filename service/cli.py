@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 from pydantic import ValidationError
 
+from service.logs import set_up_logs
 from service.settings import Settings
 from service.version import service_version
 
@@ -110,7 +111,7 @@ def _serve(options: argparse.Namespace) -> int:
         return _fail(fault, 2)
     from service.api.server import run_server  # the web stack is only needed here
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up_logs(settings.log_format, settings.log_level)
     _warn(settings)
     status = run_server(settings)
     # Everyone has been answered. A thread that still downloads or loads would hold a plain exit back.

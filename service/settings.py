@@ -177,6 +177,16 @@ class Settings(BaseSettings):
         0, ge=0, le=256, description="threads that decode and encode; 0 is one a core"
     )
 
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", description="lines of the log: json, text, or auto: text on a terminal, else json"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least level that is logged; probes are logged at debug"
+    )
+    tracing: bool = Field(
+        False, description="send spans by OpenTelemetry's OTEL_* variables; needs the extra otel"
+    )
+
     @field_validator(
         "checkpoint_hosts",
         "checkpoint_mirrors",

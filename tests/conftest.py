@@ -107,8 +107,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Start services as processes of their own; they end with the test."""
     running: list[Process] = []
 
-    def one(*arguments: str, **settings: str) -> Process:
-        process = Process(tmp_path, *arguments, **settings)
+    def one(*arguments: str, program: str = "", **settings: str) -> Process:
+        process = Process(tmp_path, *arguments, program=program, **settings)
         running.append(process)
         return process
 

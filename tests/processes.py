@@ -30,11 +30,16 @@ def environment(**given: str) -> dict[str, str]:
 
 
 class Process:
-    """`backbone-service serve --port 0`, up and listening; its log is read all the time."""
+    """`backbone-service serve --port 0`, up and listening; its log is read all the time.
 
-    def __init__(self, folder: Path, *arguments: str, **settings: str) -> None:
+    Args:
+        program: Python to run instead, which must say in the same words where it listens.
+    """
+
+    def __init__(self, folder: Path, *arguments: str, program: str = "", **settings: str) -> None:
+        command = [sys.executable, "-c", program] if program else [COMMAND, "serve", "--port", "0"]
         self._process = subprocess.Popen(
-            [COMMAND, "serve", "--port", "0", *arguments],
+            [*command, *arguments],
             cwd=folder,
             env=environment(**settings),
             stderr=subprocess.PIPE,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.telemetry import TelemetryConfig
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -32,6 +34,7 @@ from service.api.startup import Startup
 from service.errors import ServiceError
 from service.metrics import Metrics
 from service.settings import Settings
+from service.spans import Spans
 from service.version import service_version
 
 if TYPE_CHECKING:
@@ -43,6 +46,15 @@ spell it, and an image to `POST /features`; `GET /backbones` lists what can be a
 `POST /backbones/inspect` says what a config would give. Errors are `application/problem+json`.
 """
 
+# FastAPI's own spans and logs have the path and query of a request, and what crashed with the client's values.
+NO_TELEMETRY: TelemetryConfig = {
+    "tracing": False,
+    "metrics": False,
+    "logs": False,
+    "operation_spans": False,
+    "auto_configure": False,
+}
+
 
 def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     """The ASGI app. It listens at once; its engine is made meanwhile, and requests that come early wait for it.
@@ -52,9 +64,10 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
         engine: one made elsewhere, for embedding; otherwise the app makes and stops its own.
 
     Raises:
-        CannotStart: a key cannot be used.
+        CannotStart: a key cannot be used, or spans are asked for and cannot be sent.
     """
     metrics = Metrics() if engine is None else engine.metrics
+    spans = Spans.from_environment() if settings.tracing else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -64,6 +77,8 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
             yield
         finally:
             await startup.stop()
+            if spans is not None:
+                await asyncio.to_thread(spans.stop)
 
     app = DescribedApp(
         title="backbone-service",
@@ -74,6 +89,7 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
         generate_unique_id_function=operation_id,
         docs_url=None,
         redoc_url=None,
+        telemetry=NO_TELEMETRY,
         redirect_slashes=False,  # the address of a redirect would be made of the client's own Host header
     )
     app.state.access = Access(settings, metrics)
@@ -93,7 +109,7 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
         request_timeout_s=settings.request_timeout,
         max_requests=settings.max_requests,
     )
-    app.add_middleware(ServiceMiddleware, metrics=metrics)
+    app.add_middleware(ServiceMiddleware, metrics=metrics, spans=spans)
     app.add_middleware(
         ForwardedMiddleware, proxies=settings.forwarded_allow_ips, root_path=settings.root_path
     )

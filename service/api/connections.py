@@ -13,6 +13,7 @@ import logging
 import secrets
 import socket
 import struct
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,8 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from service.api.errors import problem_response
+from service.api.errors import problem_response, reason_of
+from service.context import CURRENT, RequestContext, span_below
 from service.errors import (
     HeadersTooLarge,
     MalformedRequest,
@@ -30,7 +32,7 @@ from service.errors import (
     SlowRequest,
     TargetTooLong,
 )
-from service.metrics import Metrics
+from service.metrics import OTHER, UNMATCHED, Metrics
 from service.settings import Settings
 
 VERSIONS = ("1.0", "1.1")
@@ -119,18 +121,24 @@ class Connections:
 
     def refusal(self, error: ServiceError) -> bytes:
         """A whole reply that says no to what never became a request, counted and logged like one."""
-        request_id = secrets.token_hex(8)
-        reply = problem_response(error, request_id)
+        return copy_context().run(self._refusal, error)
+
+    def _refusal(self, error: ServiceError) -> bytes:
+        context = RequestContext(secrets.token_hex(8), span_below(None))
+        CURRENT.set(context)
+        reply = problem_response(error, context.request_id)
         headers = [
             *reply.raw_headers,
-            (b"x-request-id", request_id.encode()),
+            (b"x-request-id", context.request_id.encode()),
             (b"x-content-type-options", b"nosniff"),
+            (b"traceresponse", context.trace.traceparent().encode()),
             (b"connection", b"close"),
         ]
-        self._metrics.requests.labels("unmatched", str(reply.status_code)).inc()
-        access_log.info(
-            "refused %d %s", reply.status_code, type(error).__name__, extra={"request_id": request_id}
-        )
+        reason = reason_of(type(error))
+        self._metrics.requests.labels(OTHER, UNMATCHED, str(reply.status_code)).inc()
+        self._metrics.rejected.labels(reason).inc()
+        facts = {"method": OTHER, "route": UNMATCHED, "status": reply.status_code, "problem": reason}
+        access_log.info("refused unread %d %s", reply.status_code, reason, extra=facts)
         lines = [name + b": " + value + b"\r\n" for name, value in headers]
         return b"".join((STATUS_LINE[reply.status_code], *lines, b"\r\n", bytes(reply.body)))
 

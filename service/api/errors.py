@@ -14,8 +14,10 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from service import errors
+from service.context import CURRENT
 
 PROBLEM_JSON = "application/problem+json"
 log = logging.getLogger("service.errors")
@@ -55,6 +57,23 @@ def problem_type(error_class: type[errors.ServiceError]) -> str:
     return f"/problems/{name.lstrip('-')}"
 
 
+def reason_of(error_class: type[errors.ServiceError]) -> str:
+    """The problem's name as metrics and the access log have it: `queue_full`."""
+    return problem_type(error_class).rpartition("/")[2].replace("-", "_")
+
+
+class ProblemReply(Response):
+    """A problem that says in the scope of its request which it is, for who counts and logs requests."""
+
+    def __init__(self, error: errors.ServiceError, body: dict[str, Any], headers: Mapping[str, str]) -> None:
+        super().__init__(orjson.dumps(body), body["status"], headers, PROBLEM_JSON)
+        self._reason = reason_of(type(error))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["problem"] = self._reason
+        await super().__call__(scope, receive, send)
+
+
 def problem_response(error: errors.ServiceError, request_id: str) -> Response:
     """The reply to a request that failed on purpose."""
     body: dict[str, Any] = {
@@ -62,7 +81,7 @@ def problem_response(error: errors.ServiceError, request_id: str) -> Response:
         "title": error.title,
         "status": status_of(type(error)),
         "detail": error.detail,
-        "request_id": request_id,
+        **_ids(request_id),
     }
     if error.faults:
         body["errors"] = [{"pointer": fault.pointer, "detail": fault.detail} for fault in error.faults]
@@ -74,7 +93,13 @@ def problem_response(error: errors.ServiceError, request_id: str) -> Response:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, errors.Unauthenticated):
         headers["WWW-Authenticate"] = "Bearer"
-    return Response(orjson.dumps(body), body["status"], headers, PROBLEM_JSON)
+    return ProblemReply(error, body, headers)
+
+
+def _ids(request_id: str) -> dict[str, str]:
+    """What finds a request in the log and among the traces."""
+    request = CURRENT.get()
+    return {"request_id": request_id} | ({} if request is None else {"trace_id": request.trace.trace_id})
 
 
 def plain_problem(
@@ -87,7 +112,7 @@ def plain_problem(
         "title": title,
         "status": status,
         "detail": detail,
-        "request_id": request_id,
+        **_ids(request_id),
     }
     return Response(orjson.dumps(body), status, dict(headers or {}), PROBLEM_JSON)
 
@@ -134,14 +159,14 @@ async def on_validation_error(request: Request, error: Exception) -> Response:
 
 async def on_memory_error(request: Request, error: Exception) -> Response:
     """Answer a request that found no memory where nothing else says so."""
-    log.warning("request %s found no memory", request_id_of(request), exc_info=error)
+    log.warning("a request found no memory", exc_info=error)
     refused = errors.OutOfMemory("the machine has no memory left for this request", retry_after_s=5)
     return problem_response(refused, request_id_of(request))
 
 
 async def on_crash(request: Request, error: Exception) -> Response:
     """Answer a bug: nothing of it reaches the client but the id to find it in the log."""
-    log.error("request %s crashed", request_id_of(request), exc_info=error)
+    del error  # logged where the request was noted
     request_id = request_id_of(request)
     # The framework answers a crash outside of our middleware, which names the request otherwise.
     return plain_problem(

@@ -87,7 +87,7 @@ async def _answer(
         held.callback(share.let_go)
         reply = await engine.extract(prepared, _weigher(engine, intake, media_type, options), share)
         encoded = await _encoded(request, engine, reply, media_type, options)
-        engine.observe_stages({"encode": encoded.encode_ms / 1000})
+        engine.observe_encode(encoded.encode_ms / 1000)
         headers |= {"Server-Timing": _server_timing(prepared, reply, encoded), **encoded.headers}
         if encoded.coding != IDENTITY:
             headers["Content-Encoding"] = encoded.coding

@@ -45,6 +45,10 @@ PROBLEM: Spec = {
         "status": {"type": "integer"},
         "detail": {"type": "string", "description": "what, which, and the limit"},
         "request_id": {"type": "string", "description": "also in X-Request-ID, and in the server's log"},
+        "trace_id": {
+            "type": "string",
+            "description": "32 hex digits: the caller's by `traceparent`, else a new one",
+        },
         "errors": {
             "type": "array",
             "items": {

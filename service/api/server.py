@@ -128,7 +128,7 @@ class DrainingServer(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def server_config(app: FastAPI, settings: Settings, log_level: str = "info") -> uvicorn.Config:
+def server_config(app: FastAPI, settings: Settings, log_level: str | None = None) -> uvicorn.Config:
     """What uvicorn is told, wherever it is started: by the command, and by tests."""
     startup: Startup = app.state.startup
     limits = ConnectionLimits.of(settings, allowed_connections(settings.max_connections))
@@ -137,6 +137,7 @@ def server_config(app: FastAPI, settings: Settings, log_level: str = "info") -> 
         Connections(limits, startup.metrics),
         host=settings.host,
         port=settings.port,
+        log_config=None,  # its lines go where ours go, in the same form
         log_level=log_level,
         access_log=False,
         server_header=False,

@@ -23,7 +23,7 @@ from service.errors import DeadlineExceeded, Draining, QueueFull, ServiceError
 from service.runtime.batch_sizes import BatchSizes
 from service.runtime.rates import DrainRate, retry_after
 from service.runtime.threads import contained
-from service.runtime.waiting import Flow, Job, Place, Turn, WaitingJobs
+from service.runtime.waiting import Flow, Job, Place, Turn, Waiting, WaitingJobs
 
 __all__ = ["Batcher", "Job", "Pace"]
 
@@ -68,7 +68,7 @@ class Batcher(Generic[P, R]):
         max_batch: images in one batch; a single larger job runs alone. Below it the size is learned.
         queue_size: images that may wait.
         max_wait_s: how long a job may be expected to wait.
-        observe: told the model, the images and the seconds of each batch.
+        observe: told the jobs and the seconds of each batch.
         sizes: what is learned of batch sizes, where `run` wants to know it too.
         clock: seconds; what deadlines are readings of.
     """
@@ -81,7 +81,7 @@ class Batcher(Generic[P, R]):
         max_batch: int,
         queue_size: int,
         max_wait_s: float = math.inf,
-        observe: Callable[[Hashable, int, float], None],
+        observe: Callable[[Sequence[Job[P, R]], float], None],
         sizes: BatchSizes | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -107,6 +107,11 @@ class Batcher(Generic[P, R]):
     def waiting_images(self) -> int:
         """Images in the queue."""
         return self._waiting.images
+
+    def waiting(self) -> Waiting:
+        """What is in the queue, for whoever counts it."""
+        with self._changed:
+            return self._waiting.summary(self._clock())
 
     def busy_seconds(self) -> float:
         """How long the longest of the batches that run now has been running; 0 when all lanes are idle."""
@@ -286,7 +291,7 @@ class Batcher(Generic[P, R]):
         seconds = self._settle(lane, batch, jobs, results)
         try:
             if jobs:
-                self._observe(jobs[0].model, _images(jobs), seconds)
+                self._observe(jobs, seconds)
         finally:
             _answer(jobs, results)
 

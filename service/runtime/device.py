@@ -86,6 +86,22 @@ def _cached_file_bytes() -> int:
     return next((int(words[1]) for words in found), 0)
 
 
+def memory_bytes(device: torch.device) -> dict[str, int]:
+    """Bytes by kind: `free` anywhere; on CUDA also `total`, and `allocated` and `reserved` by this process.
+
+    What a process holds on a CPU is its resident memory, which the process' own numbers have.
+    """
+    if device.type != "cuda":
+        return {"free": free_bytes(device)}
+    free, total = torch.cuda.mem_get_info(device)
+    return {
+        "free": free,
+        "total": total,
+        "allocated": torch.cuda.memory_allocated(device),
+        "reserved": torch.cuda.memory_reserved(device),
+    }
+
+
 def _read_bytes(path: Path) -> int | None:
     try:
         text = path.read_text().strip()

@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import fields, replace
@@ -18,10 +18,11 @@ from service.backbones.catalogue import backbone_registry
 from service.checkpoints.resolve import CheckpointStore
 from service.config.files import ConfigCatalogue, named_in_errors
 from service.config.spec import WeightsRef
+from service.context import current_recorder
 from service.errors import InvalidConfig, QueueFull, ServiceError
-from service.metrics import Metrics
+from service.metrics import FORMATS, Metrics
 from service.necks.catalogue import neck_registry
-from service.protocol.reply import FeatureReply, FloatArray, ModelInfo, Timings
+from service.protocol.reply import FeatureReply, FloatArray, ImageInfo, ModelInfo, Timings
 from service.runtime.admission import Admission, WeighReply, size_pointer
 from service.runtime.batcher import Batcher
 from service.runtime.device import available_cores, compute_in_float32, pick_device
@@ -30,10 +31,11 @@ from service.runtime.engines.openvino_engine import Threads
 from service.runtime.fair_threads import FairThreads
 from service.runtime.fetches import Fetches
 from service.runtime.hub_models import is_hub_model, with_architecture
-from service.runtime.intake import Batch, ByteBatch, Heads, Intake, Limits
+from service.runtime.intake import TENSOR, Batch, ByteBatch, Heads, Intake, Limits
 from service.runtime.memory import WorkMemory
 from service.runtime.model import NECK_PREFIX, LoadedModel, LoadedNeck, Weights, network_id
 from service.runtime.networks import Networks
+from service.runtime.numbers import EngineNumbers
 from service.runtime.pixels import count_pixels
 from service.runtime.plan import SIZE_ERRORS, LevelShape, Plan, Planner
 from service.runtime.pool import Pool
@@ -74,6 +76,7 @@ class Engine:
         self.settings = settings
         self.metrics = metrics
         self._stages = {stage.name: metrics.stage_seconds.labels(stage.name) for stage in fields(Timings)}
+        self._images = {form: metrics.images.labels(form) for form in FORMATS}
         self.device = pick_device(settings.device)
         if self.device.type == "cuda":
             compute_in_float32()
@@ -101,6 +104,7 @@ class Engine:
             max_wait_s=settings.max_wait,
             observe=self._observe_batch,
         )
+        metrics.add(EngineNumbers(self))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._warming: asyncio.Task[None] | None = None
         self._not_warm: str | None = "models are being loaded" if settings.warm else None
@@ -163,8 +167,10 @@ class Engine:
     ) -> FeatureQuery:
         """The query with the images behind its URLs, which come last: a config that cannot be served fetches none."""
         assert self._remote_images is not None
+        clock = _Clock()
         async with until(deadline):
             fetched = await self._remote_images.fetch(urls, self.settings.max_body_bytes - query.bytes)
+        clock.lap("fetch")
         images = tuple(fetched.get(index, image) for index, image in enumerate(query.images))
         return replace(query, images=images)
 
@@ -249,7 +255,8 @@ class Engine:
         except EngineFailed:  # it is not asked again, and torch is
             done, described = await self._answered(prepared, batch, admission, levels, clock)
         share.keep(admission.need.reply_bytes)
-        self.observe_stages(clock.seconds)
+        self._observe_stages(clock.seconds)
+        self._observe_images(batch.infos)
         return FeatureReply(
             model=described,
             images=batch.infos,
@@ -279,7 +286,7 @@ class Engine:
             clock.lap("load")
             async with until(prepared.deadline):
                 done = await self._compute(prepared, batch, admission, levels, model, neck)
-            clock.note("queue", done.queue_s)
+            clock.note("queue", done.queue_s, ended_s_ago=done.forward_s)
             clock.note("forward", done.forward_s)
             return done, model_info(prepared, model, neck)
 
@@ -338,6 +345,7 @@ class Engine:
             dtype=query.dtype,
             valid=batch.valid,
             at_once=admission.need.at_once,
+            recorder=current_recorder(),
         )
         alike = tuple(sorted(set(plan.nodes))) if model.engine.by_nodes else ()
         group = (model.id, model.engine.name, batch.images.shape[1:], query.precision, alike)
@@ -465,31 +473,29 @@ class Engine:
 
     # --- numbers --------------------------------------------------------------------------------
 
-    def _observe_batch(self, model: Hashable, images: int, seconds: float) -> None:
-        del (
-            model,
-            seconds,
-        )  # a client's text is no label, and each request's own forward time is with its stages
+    def _observe_batch(self, jobs: Sequence[WorkJob], seconds: float) -> None:
+        images = sum(job.images for job in jobs)
         self.metrics.batch_images.observe(images)
+        recorders = [job.payload.recorder for job in jobs if job.payload.recorder is not None]
+        if recorders:
+            recorders[0].batch(recorders, images, seconds)
 
-    def observe_stages(self, seconds: Mapping[str, float]) -> None:
-        """Count what stages of a request took, by the names of `Timings`."""
+    def _observe_images(self, infos: Sequence[ImageInfo]) -> None:
+        for info in infos:
+            self._images[info.format].inc()
+            if info.format != TENSOR:
+                self.metrics.image_pixels.observe(info.width * info.height)
+
+    def _observe_stages(self, seconds: Mapping[str, float]) -> None:
         for stage, spent in seconds.items():
             self._stages[stage].observe(spent)
 
-    def metrics_text(self) -> bytes:
-        """Prometheus text; gauges are read when asked for."""
-        self.metrics.models.set(len(list(self.networks.cache)))
-        self.metrics.model_bytes.set(self.networks.cache.used_bytes)
-        self.metrics.budget_bytes.set(self.networks.cache.budget_bytes)
-        self.metrics.evictions.set(self.networks.cache.evictions)
-        self.metrics.queue_images.set(self.batcher.waiting_images)
-        self.metrics.work_bytes.set(self.memory.shares.used)
-        self.metrics.work_limit_bytes.set(self.memory.shares.capacity)
-        self.metrics.work_waiting.set(self.memory.shares.waiting)
-        self.metrics.downloads.set(len(self.store.transfers))
-        self.metrics.fetched_bytes.set(self.store.fetched_bytes)
-        return self.metrics.text()
+    def observe_encode(self, seconds: float) -> None:
+        """Count what writing a reply took, which is over now."""
+        self._stages["encode"].observe(seconds)
+        recorder = current_recorder()
+        if recorder is not None:
+            recorder.stage("encode", seconds)
 
 
 def _size(batch: Batch | ByteBatch) -> tuple[int, int]:
@@ -499,20 +505,24 @@ def _size(batch: Batch | ByteBatch) -> tuple[int, int]:
 
 
 class _Clock:
-    """Seconds by stage."""
+    """Seconds by stage, told to who records the request."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._recorder = current_recorder()
         self._since = time.perf_counter()
 
     def lap(self, stage: str) -> None:
         """What passed since the last lap went into this stage."""
         now = time.perf_counter()
-        self.seconds[stage], self._since = now - self._since, now
+        self.note(stage, now - self._since)
+        self._since = now
 
-    def note(self, stage: str, seconds: float) -> None:
+    def note(self, stage: str, seconds: float, *, ended_s_ago: float = 0.0) -> None:
         """A stage measured elsewhere."""
         self.seconds[stage] = seconds
+        if self._recorder is not None:
+            self._recorder.stage(stage, seconds, ended_s_ago)
 
 
 def _remote_images(settings: Settings, metrics: Metrics) -> RemoteImages | None:

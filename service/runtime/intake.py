@@ -35,6 +35,8 @@ R = TypeVar("R")
 F = TypeVar("F", OpenedImage, OpenedTensor)
 P = ParamSpec("P")
 
+TENSOR = "tensor"  # the format of what was sent as an array
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -51,7 +53,7 @@ class Batch:
     @classmethod
     def blank(cls, channels: int, size: tuple[int, int]) -> Batch:
         """One image of zeros, [height, width]."""
-        info = ImageInfo(size[1], size[0], "tensor", size, size)
+        info = ImageInfo(size[1], size[0], TENSOR, size, size)
         return cls(np.zeros((1, channels, *size), np.float32), (info,), None)
 
 
@@ -281,7 +283,7 @@ def _refuse_channels(channels: int) -> None:
 
 def _tensor_batch(tensor: OpenedTensor) -> Batch:
     count, _, height, width = tensor.shape
-    info = ImageInfo(width, height, "tensor", (height, width), (height, width))
+    info = ImageInfo(width, height, TENSOR, (height, width), (height, width))
     return Batch(tensor.read(), (info,) * count, None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -153,6 +154,7 @@ class Networks:
     ) -> Entry[LoadedNetwork]:
         client = prepared.query.client
         entry = self.cache.hold(key, client)
+        (self._metrics.misses if entry is None else self._metrics.hits).inc()
         if entry is None:
             async with until(prepared.deadline, partial(_still, "loading")):
                 entry = await self.cache.acquire(key, needed_bytes, partial(self._counted, build), client)
@@ -161,10 +163,11 @@ class Networks:
 
     def _counted(self, build: Callable[[], LoadedNetwork]) -> tuple[LoadedNetwork, int]:
         """A load, counted by how it went."""
-        outcome = "failed"
+        outcome, started = "failed", time.perf_counter()
         try:
             network = build()
             outcome = "loaded"
+            self._metrics.load_seconds.observe(time.perf_counter() - started)
         finally:
             self._metrics.loads.labels(outcome).inc()
         return network, network.bytes

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -86,6 +86,17 @@ class Flow(Generic[P, R]):
         return next(iter(self.jobs.values())).group
 
 
+@dataclass(frozen=True)
+class Waiting:
+    """A queue in numbers: its images, those of the model with the most, its models, its clients, the longest wait."""
+
+    images: int
+    longest: int
+    models: int
+    clients: int
+    oldest_s: float
+
+
 @dataclass(eq=False)
 class Party(Generic[P, R]):
     """All that one client has waiting."""
@@ -151,6 +162,15 @@ class WaitingJobs(Generic[P, R]):
         flows = party.flows.active.values()
         own = sum(job.images for flow in flows if flow.place.model == model for job in flow.jobs.values())
         return min(self.images, min(party.images, own * len(flows)) * len(self._parties.active))
+
+    def summary(self, now: float) -> Waiting:
+        """The queue in numbers. Walks over all jobs: for who asks now and then."""
+        by_model: Counter[Hashable] = Counter()
+        for job in self:
+            by_model[job.model] += job.images
+        oldest_s = max((now - job.queued_at for job in self), default=0.0)
+        longest = max(by_model.values(), default=0)
+        return Waiting(self.images, longest, len(by_model), len(self._parties.active), oldest_s)
 
     def add(self, job: Job[P, R]) -> None:
         place = job.place

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from service.config.spec import Layout, Level, Precision
+from service.context import Recorder
 from service.errors import OutOfMemory, ServiceError
 from service.necks.base import Neck
 from service.protocol.reply import FloatArray
@@ -31,7 +32,8 @@ class Work:
 
     The images are float32 on the host, or bytes on their way to the device. `names` and `layouts` are those of the
     levels before pooling. `valid` is each image's fraction of height and width that is not padding, None if nothing
-    is padding. `at_once` is how many images a forward pass may hold for the memory that it takes.
+    is padding. `at_once` is how many images a forward pass may hold for the memory that it takes. `recorder` records
+    the request, where somebody does.
     """
 
     model: LoadedModel
@@ -47,6 +49,7 @@ class Work:
     dtype: Literal["float32", "float16"]
     valid: tuple[tuple[float, float], ...] | None
     at_once: int
+    recorder: Recorder | None = None
 
 
 @dataclass(frozen=True)

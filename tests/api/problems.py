@@ -16,6 +16,7 @@ KEYS = {
     "status",
     "detail",
     "request_id",
+    "trace_id",
     "errors",
     "missing",
     "unexpected",

@@ -367,7 +367,9 @@ def test_refusals_are_counted_by_their_reason(keyed: RunningService) -> None:
 def test_a_refusal_is_counted_by_its_route_and_not_by_its_path(keyed: RunningService) -> None:
     keyed.http.delete(f"/models/{quote('a client wrote this')}")
     text = keyed.http.get("/metrics").text
-    assert re.search(r'backbone_requests_total{route="/models/{id}",status="401"} [1-9]', text)
+    assert re.search(
+        r'backbone_requests_total{method="DELETE",route="/models/{id}",status="401"} [1-9]', text
+    )
     assert "wrote" not in text
 
 

@@ -233,4 +233,4 @@ def test_few_models_stay_within_a_small_budget(serve: Serve) -> None:
         assert ask(service, {**RESNET18, "base_channels": width}).status_code == 200
         budget = service.http.get("/models").json()["budget"]
         assert budget["used"] <= budget["bytes"]
-    assert "backbone_model_evictions 0.0" not in service.http.get("/metrics").text
+    assert "backbone_model_evictions_total 0.0" not in service.http.get("/metrics").text

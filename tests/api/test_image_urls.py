@@ -60,12 +60,13 @@ def at(remote: Remote, path: str) -> str:
 
 
 def fetches(fetching: RunningService) -> dict[str, float]:
-    """Counters and gauges of fetching, without the histogram."""
+    """Counters and gauges of fetching, without the histogram and the outcomes that never were."""
     rows = [line.split(" ") for line in fetching.http.get("/metrics").text.splitlines()]
     return {
         name.removeprefix("backbone_image_"): float(value)
         for name, value in (row for row in rows if len(row) == 2)
-        if name.startswith(("backbone_image_fetches", "backbone_image_fetched")) and "_created" not in name
+        if name.startswith(("backbone_image_fetches", "backbone_image_fetched"))
+        if float(value) or "outcome" not in name
     }
 
 

@@ -171,7 +171,7 @@ def test_a_device_that_is_not_there_ends_the_start_with_the_reason() -> None:
         timeout=60,
         check=False,
     )
-    errors = [line for line in done.stderr.splitlines() if "ERROR" in line]
+    errors = [line for line in done.stderr.splitlines() if '"level":"error"' in line]
     assert done.returncode == 2
     assert len(errors) == 1
     assert "cannot start: BACKBONE_DEVICE: device cuda:99 is not there" in errors[0]

@@ -90,7 +90,7 @@ def test_a_download_is_listed_with_how_far_it_is(
     }
     metrics = http.get("/metrics").text
     assert "backbone_checkpoint_downloads 1.0" in metrics
-    assert f"backbone_checkpoint_fetched_bytes {float(HALF)}" in metrics
+    assert f"backbone_checkpoint_fetched_bytes_total {float(HALF)}" in metrics
     resume(answer)
     assert asked.result(60).status_code == 201
     told = http.get("/models").json()

@@ -157,4 +157,4 @@ def test_a_model_that_made_room_comes_back_the_same(serve: Serve, tmp_path: Path
 
 def evictions(http: httpx.Client) -> float:
     lines = http.get("/metrics").text.splitlines()
-    return sum(float(line.split()[1]) for line in lines if line.startswith("backbone_model_evictions "))
+    return sum(float(line.split()[1]) for line in lines if line.startswith("backbone_model_evictions_total "))

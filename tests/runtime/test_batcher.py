@@ -16,6 +16,7 @@ from service.errors import DeadlineExceeded, Draining, QueueFull
 from service.runtime.batch_sizes import BatchSizes
 from service.runtime.batcher import Batcher, Job, Pace
 from service.runtime.threads import ThreadEnded
+from service.runtime.waiting import Waiting
 
 FAR = 1e9
 MakeBatcher = Callable[..., Batcher[str, str]]
@@ -506,8 +507,24 @@ def test_a_lane_that_ends_is_noticed(machine) -> None:
     batcher.stop()
 
 
-def test_each_batch_is_told_with_its_model_its_images_and_its_seconds(machine) -> None:
-    told: list[tuple[Any, int, float]] = []
+def test_what_waits_is_counted_without_naming_a_model_or_a_client(make, machine) -> None:
+    batcher = make()
+    futures = [batcher.submit(job("0"))]
+    machine.wait_for(1)
+    queued_at = machine.now
+    for name, model, images in (("1", "m", 2), ("2", "m", 3), ("3", "n", 1)):
+        client = "b" if name == "2" else "a"
+        waiting = job(name, model=model, images=images, client=client, queued_at=queued_at)
+        futures.append(batcher.submit(waiting))
+    machine.now = 4.0
+    assert batcher.waiting() == Waiting(images=6, longest=5, models=2, clients=2, oldest_s=4.0)
+    machine.go_on.set()
+    results(futures)
+    assert batcher.waiting() == Waiting(images=0, longest=0, models=0, clients=0, oldest_s=0.0)
+
+
+def test_each_batch_is_told_with_its_jobs_and_its_seconds(machine) -> None:
+    told: list[tuple[Any, float]] = []
     machine.go_on.set()
     batcher: Batcher[str, str] = Batcher(
         machine,
@@ -517,9 +534,10 @@ def test_each_batch_is_told_with_its_model_its_images_and_its_seconds(machine) -
         observe=lambda *batch: told.append(batch),
         clock=machine.clock,
     )
-    batcher.submit(job("1", model="m", images=3)).result(10)
+    asked = job("1", model="m", images=3)
+    batcher.submit(asked).result(10)
     batcher.stop()
-    assert told == [("m", 3, 1.0)]
+    assert told == [([asked], 1.0)]
 
 
 # --- a full queue, and the end ------------------------------------------------------------------
