@@ -118,7 +118,7 @@ async def _encoded(
     if coding == AS_IT_IS and is_quick(media_type, reply, options):
         return encode(media_type, reply, options)
     async with until(deadline_of(request)):
-        return await engine.encode(lambda: encode(media_type, reply, options, coding))
+        return await engine.encode(name_of(request), lambda: encode(media_type, reply, options, coding))
 
 
 def _query(intake: Intake, client_name: str) -> FeatureQuery:

@@ -76,8 +76,10 @@ class DrainingServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """As uvicorn's, but a stop that was asked for and went well is not raised again: the exit status is 0."""
         with super().capture_signals(), self._access.reading_keys_on_hangup():
-            yield
-            self._captured_signals.clear()
+            try:
+                yield
+            finally:
+                self._captured_signals.clear()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; the next signal is the system's to handle, whatever this process is busy with."""

@@ -38,7 +38,6 @@ from service.runtime.networks import Networks
 from service.runtime.numbers import EngineNumbers
 from service.runtime.pixels import count_pixels
 from service.runtime.plan import SIZE_ERRORS, LevelShape, Plan, Planner
-from service.runtime.pool import Pool
 from service.runtime.precision import ALL, native_precisions, refuse_emulated
 from service.runtime.promotion import EngineFailed
 from service.runtime.query import FeatureQuery, Prepared, fingerprint
@@ -83,12 +82,11 @@ class Engine:
         self.precisions = ALL if settings.emulate_precision else native_precisions(self.device)
         self.planner = Planner(backbone_registry(), neck_registry(), ConfigCatalogue(settings.config_dir))
         self.store = _checkpoint_store(settings)
-        self._codecs = Pool(settings.decode_threads or available_cores(), "codec")
+        self._codecs = FairThreads(settings.decode_threads or available_cores(), "codec")
         self._plans = FairThreads(2, "planner")
         self._fetches = ThreadPoolExecutor(4, "fetch")
         self.checkpoints = Fetches(self.store, self._fetches)
-        limits = Limits(settings.max_pixels, settings.max_images, settings.max_body_bytes // 4)
-        self._intake = Intake(self._codecs, limits)
+        self._limits = Limits(settings.max_pixels, settings.max_images, settings.max_body_bytes // 4)
         self._remote_images = _remote_images(settings, metrics)
         self._takes_bytes = self.device.type == "cuda" if takes_bytes is None else takes_bytes
         self._uploads = Uploads(self.device)
@@ -146,7 +144,8 @@ class Engine:
         fetch_ms = (time.perf_counter() - fetch_began) * 1000 if urls else 0.0
         parts = (query, plan, identity, neck_weights, extra)
         is_small = query.bytes <= MAX_DIGESTED_AT_ONCE
-        digest = fingerprint(*parts) if is_small else await on_thread(self._codecs, fingerprint, *parts)
+        codecs = self._codecs.of(query.client)
+        digest = fingerprint(*parts) if is_small else await on_thread(codecs, fingerprint, *parts)
         return Prepared(query, plan, spec, weights, neck_weights, identity, digest, deadline, fetch_ms)
 
     def _image_urls(self, query: FeatureQuery) -> Mapping[int, ImageUrl]:
@@ -199,7 +198,7 @@ class Engine:
         """
         with named_in_errors(_name(backbone)):
             if isinstance(backbone, str):
-                named = on_thread(self._codecs, self.planner.named, backbone, neck, preprocess)
+                named = on_thread(self._codecs.of(client), self.planner.named, backbone, neck, preprocess)
                 backbone, neck, preprocess = await named
             if is_hub_model(backbone):
                 backbone = await on_thread(self._fetches, with_architecture, backbone, self.store)
@@ -218,7 +217,7 @@ class Engine:
 
     def _refuse_long_wait(self, prepared: Prepared) -> None:
         """Refuse who would wait too long for a thread that decodes, or for the device; nothing is decoded yet."""
-        wait_s = self._codecs.expected_wait_s()
+        wait_s = self._codecs.expected_wait_s(prepared.query.client)
         limit_s = min(self.settings.max_wait, prepared.deadline.left_s)
         if wait_s > limit_s:
             detail = f"images wait for about {wait_s:.1f} s; this request may wait for {limit_s:.1f} s"
@@ -299,27 +298,28 @@ class Engine:
         query, limit = prepared.query, self.settings.max_pixels
         if query.bytes <= MAX_DIGESTED_AT_ONCE:
             return count_pixels(query, prepared.spec, limit)
-        return await on_thread(self._codecs, count_pixels, query, prepared.spec, limit)
+        return await on_thread(self._codecs.of(query.client), count_pixels, query, prepared.spec, limit)
 
-    async def encode(self, encode: Callable[[], T]) -> T:
-        """Run an encoder off the event loop."""
-        return await on_thread(self._codecs, encode)
+    async def encode(self, client: str, encode: Callable[[], T]) -> T:
+        """Run an encoder off the event loop, when it is this client's turn."""
+        return await on_thread(self._codecs.of(client), encode)
 
     async def _batch(self, prepared: Prepared, admission: Admission) -> Batch | ByteBatch:
         query, channels = prepared.query, prepared.plan.description.in_channels
+        intake = Intake(self._codecs.of(query.client), self._limits)
         if query.tensor is not None:
-            return await self._intake.tensor(query.tensor, channels, admission)
+            return await intake.tensor(query.tensor, channels, admission)
         if self._takes_bytes:
-            return await self._intake.byte_images(query.images, prepared.spec, channels, admission)
-        return await self._intake.images(query.images, prepared.spec, channels, admission)
+            return await intake.byte_images(query.images, prepared.spec, channels, admission)
+        return await intake.images(query.images, prepared.spec, channels, admission)
 
-    async def _on_the_way(self, batch: Batch | ByteBatch) -> FloatArray | Upload:
+    async def _on_the_way(self, client: str, batch: Batch | ByteBatch) -> FloatArray | Upload:
         """What the device worker takes; bytes are sent ahead, so that they are there when their turn comes."""
         if isinstance(batch, Batch):
             return batch.images
         if batch.images.nbytes <= MAX_UPLOADED_AT_ONCE:
             return self._uploads.begin(batch)
-        return await on_thread(self._codecs, self._uploads.begin, batch)
+        return await on_thread(self._codecs.of(client), self._uploads.begin, batch)
 
     async def _compute(
         self,
@@ -338,7 +338,7 @@ class Engine:
             layouts=tuple(level.fact.layout for level in levels),
             levels=plan.levels,
             prefix_tokens=plan.description.prefix_tokens,
-            images=await self._on_the_way(batch),
+            images=await self._on_the_way(query.client, batch),
             precision=query.precision,
             pool=query.pool,
             normalize=query.normalize,
@@ -467,9 +467,9 @@ class Engine:
             self._remote_images.stop()
         await self.networks.stop()
         await asyncio.to_thread(self.batcher.stop)
-        self._plans.shutdown(cancel_futures=True)
-        for executor in (self._codecs, self._fetches):
-            executor.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._plans, self._codecs):
+            threads.shutdown(cancel_futures=True)
+        self._fetches.shutdown(wait=False, cancel_futures=True)
 
     # --- numbers --------------------------------------------------------------------------------
 

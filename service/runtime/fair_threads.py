@@ -1,4 +1,7 @@
-"""Threads that clients share: each gets its turn by the seconds it has had, however much of its work waits."""
+"""Threads that clients share: each gets its turn by the seconds it has had, however much of its work waits.
+
+They know how long a client's next call waits, and whether they are stuck.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from service.runtime.turns import Turns
 P = ParamSpec("P")
 T = TypeVar("T")
 MAX_DEBT_S = 10.0
+NEWEST_SHARE = 0.1  # of the average of what a call takes
 
 
 @dataclass(eq=False)
@@ -34,6 +38,8 @@ class FairThreads:
         self._lines: Turns[_Line] = Turns(MAX_DEBT_S)
         self._changed = threading.Condition(threading.Lock())
         self._ends = False
+        self._mean_s = 0.0
+        self._begun: dict[int, float] = {}  # by thread, when it began what it does now
         self._threads = [
             threading.Thread(target=self._work, name=f"{name}_{index}", daemon=True)
             for index in range(threads)
@@ -88,19 +94,38 @@ class FairThreads:
     def _run(self, line: _Line, future: Future[Any], call: Callable[[], Any]) -> None:
         if not future.set_running_or_notify_cancel():
             return
-        started = time.monotonic()
+        self._begun[threading.get_ident()] = time.monotonic()
         try:
             result = call()
         except BaseException as error:  # noqa: BLE001 - whatever it is belongs to the caller, not to this thread
-            self._charge(line, started)
+            self._charge(line)
             future.set_exception(error)
         else:
-            self._charge(line, started)
+            self._charge(line)
             future.set_result(result)
 
-    def _charge(self, line: _Line, started: float) -> None:
+    def _charge(self, line: _Line) -> None:
+        spent_s = time.monotonic() - self._begun.pop(threading.get_ident())
         with self._changed:
-            self._lines.charge(line, time.monotonic() - started)
+            self._mean_s += NEWEST_SHARE * (spent_s - self._mean_s)
+            self._lines.charge(line, spent_s)
+
+    def expected_wait_s(self, client: Hashable) -> float:
+        """About how long another call of a client waits for a thread: for its own and, by turns, for others'."""
+        with self._changed:
+            lines = self._lines.active
+            if not lines:
+                return 0.0
+            waiting = sum(len(line.calls) for line in lines.values())
+            own = len(lines[client].calls) if client in lines else 0
+            others = len(lines) - (client in lines)
+            ahead = min(waiting, own + (own + 1) * others)
+            return ahead * self._mean_s / len(self._threads)
+
+    def stuck_seconds(self) -> float:
+        """For how long all threads have been busy, each with one call; 0 while one is free."""
+        begun = tuple(self._begun.copy().values())
+        return time.monotonic() - max(begun) if len(begun) == len(self._threads) else 0.0
 
     def shutdown(self, *, cancel_futures: bool) -> None:
         """End the threads after what they do now, and after what waits unless that is cancelled."""

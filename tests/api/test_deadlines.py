@@ -13,6 +13,7 @@ import httpx
 import numpy as np
 import pytest
 
+from service.runtime.fair_threads import FairThreads
 from tests.api.problems import assert_problem
 from tests.api.test_concurrency import held_device, raw_request, wait_for_queue
 from tests.conftest import RunningService, Serve, encoded, multipart
@@ -118,7 +119,7 @@ def test_the_deadline_passes_before_an_image_is_decoded(serve: Serve) -> None:
     service = serve(decode_threads=1)
     assert ask(service).status_code == 200
     image = encoded(np.zeros((8, 8, 3), np.uint8))
-    with all_busy(service.engine._codecs, 1):
+    with all_busy(service.engine._codecs.of("others"), 1):
         late = service.http.post("/features", **multipart(THIN, image), headers=SOON)
     assert_problem(late, 504, "deadline-exceeded")
 
@@ -130,7 +131,7 @@ def test_the_deadline_passes_before_a_reply_is_encoded(serve: Serve, clients: Th
     with held_device(service) as held:
         reply = clients.submit(ask, service, **headers)
         assert held.wait(30)
-        busy = all_busy(service.engine._codecs, 1)
+        busy = all_busy(service.engine._codecs.of("others"), 1)
         busy.__enter__()
     assert_problem(reply.result(60), 504, "deadline-exceeded")
     busy.__exit__(None, None, None)
@@ -143,7 +144,7 @@ def test_what_was_not_begun_for_a_client_that_left_is_not_done(serve: Serve) -> 
     service = serve(decode_threads=1)
     assert ask(service).status_code == 200
     codecs = service.engine._codecs
-    with all_busy(codecs, 1):
+    with all_busy(codecs.of("others"), 1):
         leaver = raw_request(service)
         waiting = next_submitted(codecs)
         leaver.close()
@@ -153,11 +154,11 @@ def test_what_was_not_begun_for_a_client_that_left_is_not_done(serve: Serve) -> 
         assert waiting.cancelled()
 
 
-def next_submitted(pool: Any) -> Future[Any]:
-    """The first piece of work that waits for a thread, as soon as there is one."""
-    item = pool._work_queue.get(timeout=30)
-    pool._work_queue.put(item)
-    return item.future
+def next_submitted(pool: FairThreads) -> Future[Any]:
+    """The first call that waits for a thread, as soon as there is one."""
+    with pool._changed:
+        assert pool._changed.wait_for(lambda: pool._lines.active, 30)
+        return next(iter(pool._lines.in_order()[0].calls))
 
 
 # --- too much at once ---------------------------------------------------------------------------
@@ -184,6 +185,7 @@ def test_who_would_wait_too_long_is_refused_before_anything_is_decoded(
     serve: Serve, clients: ThreadPoolExecutor
 ) -> None:
     service = serve(max_wait=1e-9)
+    codecs = service.engine._codecs
     for _ in range(20):  # few do not tell how long others take
         assert ask(service).status_code == 200
     with held_device(service) as held:
@@ -191,7 +193,7 @@ def test_who_would_wait_too_long_is_refused_before_anything_is_decoded(
         assert held.wait(30)
         waiting = clients.submit(ask, service)
         wait_for_queue(service, 1)
-        with all_busy(service.engine._codecs, service.engine._codecs._count):
+        with all_busy(codecs.of("others"), len(codecs._threads)):
             refused = ask(service)
         body = assert_problem(refused, 503, "queue-full")
         assert "this request may wait for 0.0 s" in body["detail"]

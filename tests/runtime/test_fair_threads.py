@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Iterator
 from concurrent.futures import wait
+from functools import partial
 
 import pytest
 
@@ -84,3 +86,59 @@ def test_a_pool_that_ended_takes_nothing_and_cancels_what_waits() -> None:
     assert waiting.cancelled()
     with pytest.raises(RuntimeError):
         threads.submit("a", lambda: None)
+
+
+@pytest.fixture
+def pair() -> Iterator[FairThreads]:
+    threads = FairThreads(2, "test")
+    yield threads
+    threads.shutdown(cancel_futures=True)
+
+
+@pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def occupy(pool: FairThreads, gate: threading.Event, threads: int) -> None:
+    inside = threading.Barrier(threads + 1)
+
+    def hold() -> None:
+        inside.wait(10)
+        gate.wait(10)
+
+    for _ in range(threads):
+        pool.submit("holder", hold)
+    inside.wait(10)
+
+
+def test_what_a_client_waits_for_is_its_own_calls_and_as_many_of_the_others(pair, gate) -> None:
+    pair.submit("a", partial(threading.Event().wait, 0.01)).result(10)
+    assert pair.expected_wait_s("a") == 0
+    occupy(pair, gate, 2)
+    assert pair.expected_wait_s("a") == 0
+    waiting = [pair.submit("a", int) for _ in range(6)]
+    six = pair.expected_wait_s("a")
+    assert 0 < pair.expected_wait_s("b") < six
+    waiting.pop().cancel()
+    assert 0 < pair.expected_wait_s("a") < six
+    gate.set()
+    assert [future.result(10) for future in waiting] == [0] * 5
+    assert pair.expected_wait_s("a") == 0
+
+
+def test_a_pool_is_stuck_when_all_its_threads_are(pair, gate) -> None:
+    occupy(pair, gate, 1)
+    assert pair.stuck_seconds() == 0
+    occupy(pair, gate, 1)
+    assert pair.stuck_seconds() > 0
+
+
+def test_a_call_that_fails_leaves_a_pool_as_it_was(pair) -> None:
+    with pytest.raises(ValueError, match="x"):
+        pair.submit("a", partial(int, "x")).result(10)
+    assert pair.stuck_seconds() == 0
+    assert pair.submit("a", partial(int, "1")).result(10) == 1
+    assert pair.expected_wait_s("a") == 0
