@@ -9,6 +9,8 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from service import metrics
+from service.api.errors import reason_of
+from service.errors import ServiceError
 from service.logs import FIELDS
 from tests.conftest import ROOT, RunningService
 
@@ -40,6 +42,22 @@ def served(service: RunningService) -> dict[str, tuple[str, str, str]]:
 def test_every_metric_is_documented_and_no_other(served: dict[str, tuple[str, str, str]]) -> None:
     own = {name: row for name, row in rows().items() if name.startswith("backbone_")}
     assert own == {name: row for name, row in served.items() if name.startswith("backbone_")}
+
+
+def test_the_metrics_that_operators_are_told_to_watch_are_there(
+    served: dict[str, tuple[str, str, str]],
+) -> None:
+    text = (ROOT / "docs" / "operations.md").read_text()
+    named = set(re.findall(r"\b(backbone_\w+?)(?:_sum|_count|_bucket)?\b(?=[`{\[])", text))
+    assert named
+    assert named <= set(served)
+    reasons = {reason_of(error) for error in descendants(ServiceError)}
+    assert set(re.findall(r'rejected_total\{reason="(\w+)"\}', text)) <= reasons
+
+
+def descendants(error: type[ServiceError]) -> list[type[ServiceError]]:
+    """An error class and all that are made of it."""
+    return [error, *(found for kind in error.__subclasses__() for found in descendants(kind))]
 
 
 def test_the_process_metrics_that_are_named_are_there(served: dict[str, tuple[str, str, str]]) -> None:
