@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from benchmarks.images import normalised_batch, photo, photos
@@ -103,13 +104,18 @@ def _mixed() -> Callable[[], bytes]:
     return one
 
 
+def _vector_of(images: Sequence[bytes]) -> bytes:
+    return JOBS["J1"].service_message(random.choice(images))
+
+
 def _as(who: str, message: Callable[[], bytes]) -> Callable[[], bytes]:
     return lambda: with_header(message(), "X-API-Key", KEYS[who])
 
 
 async def _soak(server: Server, options: argparse.Namespace) -> int:
     images = photos(16)
-    honest = _as("honest", lambda: JOBS["J1"].service_message(random.choice(images)))
+    job = partial(_vector_of, images)
+    honest = _as("honest", job)
     mixed = _as("greedy", _mixed())
     await _phase(server, 15.0, lambda traffic: [traffic.busy("warm", mixed) for _ in range(4)])
     alone, _ = await _phase(server, options.alone, lambda traffic: _honest(traffic, honest))
@@ -125,7 +131,7 @@ async def _soak(server: Server, options: argparse.Namespace) -> int:
             *_honest(traffic, honest),
             traffic.greedy("greedy", mixed, rate),
             *(traffic.hostile(KEYS["hostile"], 0.2) for _ in range(HOSTILE_CLIENTS)),
-            *(traffic.dribble(_as("hostile", honest)()) for _ in range(DRIBBLING_CLIENTS)),
+            *(traffic.dribble(_as("hostile", job)()) for _ in range(DRIBBLING_CLIENTS)),
         ]
 
     under_load, samples = await _phase(server, options.minutes * 60, everybody)
