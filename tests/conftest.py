@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +107,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Start services as processes of their own; they end with the test."""
     running: list[Process] = []
 
-    def one(*arguments: str, program: str = "", **settings: str) -> Process:
-        process = Process(tmp_path, *arguments, program=program, **settings)
+    def one(*arguments: str, program: str = "", under: Sequence[str] = (), **settings: str) -> Process:
+        process = Process(tmp_path, *arguments, program=program, under=under, **settings)
         running.append(process)
         return process
 

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import httpx
@@ -34,12 +34,15 @@ class Process:
 
     Args:
         program: Python to run instead, which must say in the same words where it listens.
+        under: a command that runs it, as `nice` would.
     """
 
-    def __init__(self, folder: Path, *arguments: str, program: str = "", **settings: str) -> None:
+    def __init__(
+        self, folder: Path, *arguments: str, program: str = "", under: Sequence[str] = (), **settings: str
+    ) -> None:
         command = [sys.executable, "-c", program] if program else [COMMAND, "serve", "--port", "0"]
         self._process = subprocess.Popen(
-            [*command, *arguments],
+            [*under, *command, *arguments],
             cwd=folder,
             env=environment(**settings),
             stderr=subprocess.PIPE,

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import logging
 import math
 import os
 import resource
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
@@ -33,8 +31,9 @@ from service.settings import Settings
 OTHER_FILES = 200
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LINGER_S = 0.1  # who has connected before the port is closed is still answered
-SO_ATTACH_FILTER = 26  # of Linux
-DROP_ALL = struct.pack("HBBI", 6, 0, 0, 0)  # classic BPF: return 0, the bytes to keep of a packet
+# Linux's IP_MINTTL and IPV6_MINHOPCOUNT: packets with fewer hops left are dropped. Systems begin with 64 or 128.
+LEAST_HOPS_LEFT = {socket.AF_INET: (socket.IPPROTO_IP, 21), socket.AF_INET6: (socket.IPPROTO_IPV6, 73)}
+MOST_HOPS = 255
 LAST_WORDS_S = 1  # for replies to those who were cut off
 STOP_S = 5.0  # for the engine's threads and processes to end
 log = logging.getLogger("service.server")
@@ -168,12 +167,12 @@ def _let_nobody_connect(listener: socket.socket) -> None:
     """Have the system ignore who wants to connect, so that the port can be closed on nobody.
 
     Closing resets the connections that were made and not yet accepted, with the requests on them. Who is ignored asks
-    again after a second, as TCP does, and finds the port closed before anything was sent.
+    again after a second, as TCP does, and finds the port closed before anything was sent. A socket filter would do it
+    too, but wants CAP_NET_ADMIN on some kernels.
     """
     if sys.platform == "linux":
-        program = ctypes.create_string_buffer(DROP_ALL)
-        described = struct.pack("HP", 1, ctypes.addressof(program))
-        listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, described)
+        level, option = LEAST_HOPS_LEFT[listener.family]
+        listener.setsockopt(level, option, MOST_HOPS)
 
 
 class _ExitBound:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import os
 import re
+import shutil
 import signal
 import socket
 import threading
@@ -22,6 +23,10 @@ from tests.conftest import multipart, npy
 from tests.processes import Process, Start
 
 RESNET18 = {"type": "ResNet", "depth": 18}
+AS_IN_A_CONTAINER = ("setpriv", "--inh-caps=-all", "--bounding-set=-all", "--no-new-privs")
+NEEDS_ROOT = pytest.mark.skipif(
+    shutil.which("setpriv") is None or os.geteuid() != 0, reason="needs setpriv, and capabilities to drop"
+)
 TENSOR = npy(np.zeros((1, 3, 32, 32), np.float32))
 
 
@@ -85,8 +90,11 @@ def test_what_is_cut_off_is_told_so(start: Start) -> None:
     assert "Traceback" not in "".join(process.lines)
 
 
-def test_nothing_that_comes_while_it_serves_on_or_refuses_is_lost(start: Start) -> None:
-    process = start("--drain-delay", "1")
+@pytest.mark.parametrize("under", [(), pytest.param(AS_IN_A_CONTAINER, marks=NEEDS_ROOT)])
+def test_nothing_that_comes_while_it_serves_on_or_refuses_is_lost(
+    start: Start, under: tuple[str, ...]
+) -> None:
+    process = start("--drain-delay", "1", under=under)
     assert ask_features(process.port)[0] == 200
     leaving = threading.Event()
 
