@@ -84,6 +84,14 @@ def rule_for(path: str, method: str) -> Rule | None:
     return next((rule for rule in _PATTERNS if method in rule.who and rule.pattern.fullmatch(path)), None)
 
 
+def note_route(scope: Scope) -> Rule | None:
+    """The rule of the route that serves a request; what is refused before the app is counted and logged by it too."""
+    rule = rule_for(route_path(scope), scope["method"])
+    if rule is not None:
+        scope["route"] = rule
+    return rule
+
+
 def methods_of(path: str) -> list[str]:
     """The methods that a path is served with."""
     return sorted({method for rule in _RULES if rule.pattern.fullmatch(path) for method in rule.who})
@@ -316,13 +324,10 @@ class AccessMiddleware:
             await send({"type": "websocket.close", "code": 1000})
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path, method = _route_path(scope), scope["method"]
-        rule = rule_for(path, method)
-        if rule is not None:
-            scope["route"] = rule  # what is refused here is counted and logged by its route too
+        rule = note_route(scope)
         try:
             # What there is and what not is told to clients only.
-            visitor = self._access.admit(scope, Who.CLIENTS if rule is None else rule.who[method])
+            visitor = self._access.admit(scope, Who.CLIENTS if rule is None else rule.who[scope["method"]])
             if visitor is not None:
                 scope["visitor"], scope["client_name"] = visitor, visitor.name
                 send = _Announced(visitor, send)
@@ -331,7 +336,7 @@ class AccessMiddleware:
             await problem_response(error, scope["request_id"])(scope, receive, send)
             return
         if rule is None:
-            await _no_route(scope, methods_of(path))(scope, receive, send)
+            await _no_route(scope, methods_of(route_path(scope)))(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
@@ -349,7 +354,7 @@ class _Announced:
         await self._send(message)
 
 
-def _route_path(scope: Scope) -> str:
+def route_path(scope: Scope) -> str:
     """The path below the prefix that a gateway serves the app at."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", ""))

@@ -8,6 +8,7 @@ import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.api.access import note_route, route_path
 from service.api.draining import Drain, draining
 from service.api.errors import problem_response
 from service.api.headers import header
@@ -40,9 +41,10 @@ class AdmissionMiddleware:
             await self._app(scope, receive, send)
             return
         reply = _Reply(send, self._drain)
-        is_probe = scope["path"].removeprefix(scope.get("root_path", "")) in PROBES
+        is_probe = route_path(scope) in PROBES
         refusal = None if is_probe else self._refusal(scope)
         if refusal is not None:
+            note_route(scope)
             await problem_response(refusal, scope["request_id"])(scope, receive, reply.send)
         elif is_probe:
             await self._app(scope, receive, reply.send)

@@ -179,6 +179,8 @@ def test_requests_beyond_what_may_be_in_flight_are_refused_unread(
         assert service.http.get("/readyz").status_code == 200
     assert [first.result(60).status_code, second.result(60).status_code] == [200, 200]
     assert ask(service).status_code == 200
+    counted = 'backbone_requests_total{method="POST",route="/features",status="503"} 1.0'
+    assert counted in service.http.get("/metrics").text.splitlines()
 
 
 def test_who_would_wait_too_long_is_refused_before_anything_is_decoded(
