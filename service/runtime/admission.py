@@ -7,11 +7,13 @@ from concurrent.futures import Executor
 
 from service.errors import ServiceError
 from service.runtime.intake import Heads
+from service.runtime.live_bytes import PassCost
 from service.runtime.memory import Need, WorkMemory
 from service.runtime.plan import SIZE_POINTER, LevelShape, Plan, Planner, pooled_shapes
 from service.runtime.postprocess import refuse_pool
 from service.runtime.query import FeatureQuery, Prepared
 from service.runtime.shares import Share
+from service.runtime.speed import Speed
 from service.runtime.threads import on_thread
 
 Shapes = Sequence[tuple[int, ...]]
@@ -38,6 +40,7 @@ class Admission:
         prepared: Prepared,
         share: Share,
         memory: WorkMemory,
+        speed: Speed,
         planner: Planner,
         threads: Executor,
         weigh_reply: WeighReply,
@@ -47,6 +50,7 @@ class Admission:
         self.need = Need(0, 0, 1)
         self._prepared = prepared
         self._memory = memory
+        self._speed = speed
         self._planner = planner
         self._threads = threads
         self._weigh_reply = weigh_reply
@@ -63,11 +67,11 @@ class Admission:
             TooLarge, NotAcceptable, InvalidConfig: what the request asks for is no reply that may be sent.
         """
         levels = self._planner.known_levels(self._plan, heads.size)
-        activations = self._planner.known_activations(self._plan, heads.size)
-        if levels is None or activations is None:
+        cost = self._planner.known_cost(self._plan, heads.size)
+        if levels is None or cost is None:
             return False
-        self._note(heads, levels, activations)
-        if self._memory.is_large(self.need, activations):
+        self._note(heads, levels, cost)
+        if self._memory.is_large(self.need, cost.bytes):
             return False
         return self.share.take_now(self.need.bytes)
 
@@ -79,17 +83,16 @@ class Admission:
             TooLarge, NotAcceptable, InvalidConfig: as `now`.
         """
         levels = await self._levels_at(heads.size)
-        activations = self._planner.known_activations(self._plan, heads.size)
-        if activations is None:
+        cost = self._planner.known_cost(self._plan, heads.size)
+        if cost is None:
             pointer = size_pointer(self._prepared.query)
-            count = self._planner.activation_bytes
-            activations = await on_thread(self._threads, count, self._plan, heads.size, pointer)
-        self._note(heads, levels, activations)
+            cost = await on_thread(self._threads, self._planner.cost, self._plan, heads.size, pointer)
+        self._note(heads, levels, cost)
         self._waits = True
         await self.share.take(self.need.bytes, burden=self._prepared.query.bytes)
         self._waits = False
-        if self._memory.is_large(self.need, activations):
-            self._memory.refuse_what_is_not_there(self.need, activations)
+        if self._memory.is_large(self.need, cost.bytes):
+            self._memory.refuse_what_is_not_there(self.need, cost.bytes)
 
     async def levels_for(self, images: int, size: tuple[int, int]) -> tuple[LevelShape, ...]:
         """The levels at the [height, width] that the images turned out to have; checked again if it is another."""
@@ -102,11 +105,12 @@ class Admission:
         """What the request is told when its deadline passes while it waits for memory; None when it does not."""
         return self._memory.late() if self._waits else None
 
-    def _note(self, heads: Heads, levels: tuple[LevelShape, ...], activation_bytes: int) -> None:
+    def _note(self, heads: Heads, levels: tuple[LevelShape, ...], cost: PassCost) -> None:
+        self._speed.refuse_slow(heads.images * cost.operations, self._prepared.query.precision)
         reply_bytes = self._weigh(heads.images, levels)
         self.levels = levels
-        self.need = self._memory.need(heads, levels, activation_bytes, reply_bytes)
-        self._memory.refuse_oversized(self.need, activation_bytes)
+        self.need = self._memory.need(heads, levels, cost.bytes, reply_bytes)
+        self._memory.refuse_oversized(self.need, cost.bytes)
 
     def _weigh(self, images: int, levels: Sequence[LevelShape]) -> int:
         query, plan = self._prepared.query, self._plan

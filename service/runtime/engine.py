@@ -44,6 +44,7 @@ from service.runtime.query import FeatureQuery, Prepared, fingerprint
 from service.runtime.rates import retry_after
 from service.runtime.report import model_info, reply_levels
 from service.runtime.shares import Share
+from service.runtime.speed import Speed
 from service.runtime.threads import Deadline, on_thread, until
 from service.runtime.work import DeviceRunner, Done, Work, WorkJob
 from service.settings import Settings
@@ -94,6 +95,7 @@ class Engine:
         cores = available_cores()
         lanes = 1 if self.networks.promotions is None else Threads.of(cores).streams
         self.memory = WorkMemory(settings.work_memory, self.device, lanes, self.networks.evict_idle)
+        self.speed = Speed.of(self.device, cores, settings.request_timeout)
         self.batcher: Batcher[Work, Done] = Batcher(
             DeviceRunner(settings.max_batch, cores, self._make_room),
             lanes=lanes,
@@ -266,7 +268,7 @@ class Engine:
 
     def _admission(self, prepared: Prepared, weigh_reply: WeighReply, share: Share) -> Admission:
         threads = self._plans.of(prepared.query.client)
-        return Admission(prepared, share, self.memory, self.planner, threads, weigh_reply)
+        return Admission(prepared, share, self.memory, self.speed, self.planner, threads, weigh_reply)
 
     async def _answered(
         self,

@@ -7,7 +7,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Generic, TypeVar
@@ -21,7 +21,7 @@ from service.backbones.base import Backbone, BackboneConfig, Family
 from service.backbones.building import initialised
 from service.backbones.lazyconfig import from_lazyconfig
 from service.backbones.registry import Registry, Resolved, json_type
-from service.backbones.shapes import shapes_only
+from service.backbones.shapes import ShapeRules, shapes_only
 from service.checkpoints.published import own_prefix
 from service.config.files import ConfigCatalogue, NamedConfig
 from service.config.preprocess import PreprocessSpec, parse_preprocess, resolve_preprocess
@@ -29,7 +29,7 @@ from service.config.spec import Description, FeatureInfo, Freeze, FreezeReport, 
 from service.errors import CheckpointMismatch, InvalidConfig
 from service.necks.base import LevelFacts, Neck, NeckConfig, NeckDescription, NeckFamily, WeightedNeckConfig
 from service.necks.chain import CHAIN, read_chain
-from service.runtime.live_bytes import LiveBytes, coarse
+from service.runtime.live_bytes import CountRuled, LiveBytes, PassCost, coarse
 from service.validation import invalid
 
 T = TypeVar("T")
@@ -150,7 +150,7 @@ class Planner:
         self._descriptions: Lru[Description] = Lru(DESCRIPTIONS_KEPT)
         self._meta: Lru[Backbone] = Lru(META_KEPT)
         self._shapes: Lru[tuple[LevelShape, ...]] = Lru(SHAPES_KEPT)
-        self._activations: Lru[int] = Lru(SHAPES_KEPT)
+        self._costs: Lru[PassCost] = Lru(SHAPES_KEPT)
 
     def named(self, name: str, neck: Any, preprocess: Any) -> tuple[Any, Any, Any]:
         """A named config as backbone, neck and preprocess; what is given beside the name goes before its own.
@@ -280,13 +280,13 @@ class Planner:
         made_for = plan.input_size
         return tuple(level.scaled(made_for, size) for level in self.levels_at(plan, made_for))
 
-    def known_activations(self, plan: Plan, size: tuple[int, int]) -> int | None:
-        """What `activation_bytes` found before; costs no more than to look."""
-        known = self._activations.peek(_shape_key(plan, size))
-        return self._activations.peek(_shape_key(plan, coarse(size))) if known is None else known
+    def known_cost(self, plan: Plan, size: tuple[int, int]) -> PassCost | None:
+        """What `cost` found before; costs no more than to look."""
+        known = self._costs.peek(_shape_key(plan, size))
+        return self._costs.peek(_shape_key(plan, coarse(size))) if known is None else known
 
-    def activation_bytes(self, plan: Plan, size: tuple[int, int], pointer: str = SIZE_POINTER) -> int:
-        """The most that tensors of one forward pass of one image hold at a time, its input and levels among them.
+    def cost(self, plan: Plan, size: tuple[int, int], pointer: str = SIZE_POINTER) -> PassCost:
+        """What one forward pass of one image takes, its input and levels among it.
 
         Counted on the meta device, in float32 and at a size that is a little larger where the network takes any.
 
@@ -295,26 +295,24 @@ class Planner:
         """
         rounded = coarse(size)
         try:
-            return self._activations.get(
-                _shape_key(plan, rounded), lambda: self._count_live(plan, rounded, pointer)
-            )
+            return self._costs.get(_shape_key(plan, rounded), lambda: self._count(plan, rounded, pointer))
         except InvalidConfig:
-            return self._activations.get(
-                _shape_key(plan, size), lambda: self._count_live(plan, size, pointer)
-            )
+            return self._costs.get(_shape_key(plan, size), lambda: self._count(plan, size, pointer))
 
-    def _count_live(self, plan: Plan, size: tuple[int, int], pointer: str) -> int:
+    def _count(self, plan: Plan, size: tuple[int, int], pointer: str) -> PassCost:
         backbone = self._meta_backbone(plan.family, plan.config)
         neck = None if plan.neck is None else _meta_neck(plan.neck)
         _run_backbone(backbone, plan, size, pointer)  # what is traced on first use is no activation
         live = LiveBytes()
+        ruled = CountRuled(live)
         with live:
-            found = _run_backbone(backbone, plan, size, pointer)
+            found = _run_backbone(backbone, plan, size, pointer, ruled)
             if plan.neck is not None and neck is not None:
                 features = [found[level.node] for level in plan.levels]
-                with _levels_for(plan.neck, [feature.shape for feature in features]), shapes_only():
+                shapes = [feature.shape for feature in features]
+                with _levels_for(plan.neck, shapes), shapes_only(), ruled:
                     neck(features)
-        return live.peak
+        return live.cost
 
     def _measure(self, plan: Plan, size: tuple[int, int], pointer: str) -> tuple[LevelShape, ...]:
         levels = _levels_of_table(plan, size) or self._levels_of_meta(plan, size, pointer)
@@ -398,15 +396,22 @@ def _behind(neck: NeckPlan, levels: Sequence[LevelShape]) -> tuple[LevelShape, .
 
 
 def _run_backbone(
-    backbone: Backbone, plan: Plan, size: tuple[int, int], pointer: str
+    backbone: Backbone,
+    plan: Plan,
+    size: tuple[int, int],
+    pointer: str,
+    counted: AbstractContextManager[Any] | None = None,
 ) -> Mapping[str, Tensor]:
     """The features of one image on the meta device.
+
+    Args:
+        counted: what counts inside.
 
     Raises:
         InvalidConfig: the backbone does not take this size.
     """
     try:
-        with shapes_only():
+        with shapes_only(), counted or nullcontext():
             found: Mapping[str, Tensor] = backbone(
                 torch.empty((1, plan.description.in_channels, *size)), plan.nodes
             )
@@ -416,7 +421,7 @@ def _run_backbone(
 
 
 def _meta_neck(neck: NeckPlan) -> Neck:
-    with torch.device("meta"):
+    with torch.device("meta"), ShapeRules():
         network: Neck = neck.family.build(neck.config, neck.inputs)
     return network.eval()
 

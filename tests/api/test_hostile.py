@@ -295,6 +295,32 @@ def test_a_config_beyond_all_bounds_is_refused(
     assert time.monotonic() - started < 5
 
 
+def test_a_network_of_every_bound_at_once_is_refused_in_little_time(besieged: Besieged) -> None:
+    attention = {
+        "type": "detectron2.ViT",
+        "img_size": 1024,
+        "embed_dim": 768,
+        "depth": 64,
+        "num_heads": 128,
+        "window_size": 256,
+        "window_block_indexes": [0, 1, 3, 4, 6, 7, 9, 10],
+    }
+    layers = {
+        "type": "mmyolo.PPYOLOECSPPAFPN",
+        "in_channels": [512, 1024, 2048],
+        "out_channels": [192, 384, 768],
+        "deepen_factor": 4.0,
+        "num_csplayer": 4,
+        "num_blocks_per_layer": 16,
+    }
+    started = time.process_time()
+    assert_refused([besieged.inspect({**attention, "use_rel_pos": True})], 413)
+    assert_refused(
+        [besieged.inspect({"type": "ResNet", "depth": 50, "out_indices": [1, 2, 3]}, neck=layers)], 413
+    )
+    assert time.process_time() - started < 8  # about 2; either took 3 to 5 before
+
+
 NUMBERS = [
     "1e308",
     "1e400",

@@ -28,6 +28,7 @@ TYPES = (
     "mmyolo.YOLOv5CSPDarknet",
     "detectron2.MViT",
     "detectron2.SwinTransformer",
+    "detrex.InternImage",
     "timm.efficientnet_b0",
 )
 

@@ -33,7 +33,7 @@ def planner() -> Planner:
 @pytest.mark.parametrize(("config", "side"), CONFIGS, ids=lambda value: str(value)[:40])
 def test_the_count_is_no_less_than_what_tensors_really_hold(planner, config, side) -> None:
     plan = planner.plan(config)
-    counted = planner.activation_bytes(plan, (side, side))
+    counted = planner.cost(plan, (side, side)).bytes
     backbone = build_model(plan, None, torch.device("cpu")).engine.backbone  # type: ignore[attr-defined]
     live = LiveBytes()
     with torch.inference_mode(), live:
@@ -44,16 +44,16 @@ def test_the_count_is_no_less_than_what_tensors_really_hold(planner, config, sid
 def test_the_count_has_what_a_neck_makes(planner) -> None:
     backbone = {"type": "mmdet.ResNet", "depth": 18, "out_indices": [0, 1, 2, 3]}
     neck = {"type": "mmdet.FPN", "in_channels": [64, 128, 256, 512], "out_channels": 256, "num_outs": 5}
-    bare = planner.activation_bytes(planner.plan(backbone), (256, 256))
-    assert planner.activation_bytes(planner.plan(backbone, neck), (256, 256)) > bare + 4 * 256 * 64 * 64
+    bare = planner.cost(planner.plan(backbone), (256, 256)).bytes
+    assert planner.cost(planner.plan(backbone, neck), (256, 256)).bytes > bare + 4 * 256 * 64 * 64
 
 
 def test_images_of_any_size_need_few_counts(planner) -> None:
     plan = planner.plan({"type": "ResNet", "depth": 18})
-    assert planner.known_activations(plan, (1001, 1001)) is None
-    counted = planner.activation_bytes(plan, (1001, 1001))
-    assert planner.known_activations(plan, (1010, 1024)) == counted
-    assert planner.known_activations(plan, (1001, 1025)) is None
+    assert planner.known_cost(plan, (1001, 1001)) is None
+    counted = planner.cost(plan, (1001, 1001))
+    assert planner.known_cost(plan, (1010, 1024)) == counted
+    assert planner.known_cost(plan, (1001, 1025)) is None
 
 
 def test_a_size_is_rounded_up_by_an_eighth_at_most() -> None:
