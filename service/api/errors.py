@@ -66,7 +66,7 @@ class ProblemReply(Response):
     """A problem that says in the scope of its request which it is, for who counts and logs requests."""
 
     def __init__(self, error: errors.ServiceError, body: dict[str, Any], headers: Mapping[str, str]) -> None:
-        super().__init__(orjson.dumps(body), body["status"], headers, PROBLEM_JSON)
+        super().__init__(orjson.dumps(_writable(body)), body["status"], headers, PROBLEM_JSON)
         self._reason = reason_of(type(error))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -94,6 +94,15 @@ def problem_response(error: errors.ServiceError, request_id: str) -> Response:
     if isinstance(error, errors.Unauthenticated):
         headers["WWW-Authenticate"] = "Bearer"
     return ProblemReply(error, body, headers)
+
+
+def _writable(value: Any) -> Any:
+    """A part of a body with `?` for halves of characters, which names in files may have and UTF-8 has not."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {key: _writable(child) for key, child in value.items()}
+    return [_writable(child) for child in value] if isinstance(value, list) else value
 
 
 def _ids(request_id: str) -> dict[str, str]:

@@ -63,6 +63,8 @@ def read_checkpoint(path: Path, *, pointer: str, sha256: str = "") -> StateDict:
         raise CheckpointUnavailable(pointer, "the checkpoint file can no longer be read") from error
     if not state:
         raise CheckpointUnreadable(pointer, "no state_dict found: the file holds no named tensors")
+    if not all(_is_text(name) for name in state):
+        raise CheckpointUnreadable(pointer, "a tensor's name is not text: it has half of a character")
     return _without_data_parallel(state)
 
 
@@ -124,6 +126,11 @@ def _records(mapping: object, kind: type[R]) -> dict[str, R]:
     if not isinstance(mapping, dict):
         return {}
     return {key: value for key, value in mapping.items() if isinstance(key, str) and isinstance(value, kind)}
+
+
+def _is_text(name: str) -> bool:
+    """Whether UTF-8 can write it: pickles may name tensors with lone surrogates, and replies could not."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _without_data_parallel(state: StateDict) -> StateDict:

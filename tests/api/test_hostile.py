@@ -692,3 +692,13 @@ def test_a_hostile_header_is_no_crash(besieged: Besieged, unmoved: None, headers
     assert reply.status_code in (200, 406)
     if reply.status_code != 200:
         assert_any_problem(reply)
+
+
+def test_a_file_with_halves_of_characters_in_its_names_is_refused_in_whole_ones(besieged: Besieged) -> None:
+    folder = besieged.outside / "checkpoints"
+    torch.save({"conv1.weight": torch.zeros(1), "a\ud800": torch.zeros(1)}, folder / "half.pth")
+    text = "a\ud800".encode("utf-8", "surrogatepass")
+    named = b"\x8c" + bytes([len(text)]) + text
+    (folder / "half.pkl").write_bytes(b"\x80\x04" + named + named + b"\x93.")  # a global of that name
+    for name in ("half.pth", "half.pkl"):
+        assert_refused([besieged.features({**THIN, "checkpoint": name})], 422)

@@ -564,3 +564,9 @@ def test_a_file_that_went_away_is_unavailable(tmp_path) -> None:
     for name in ("a.pth", "a.safetensors"):
         with pytest.raises(CheckpointUnavailable):
             read_checkpoint(tmp_path / name, pointer=POINTER)
+
+
+@BOTH_FORMATS
+def test_a_name_that_is_not_text_is_refused(tmp_path, zipped) -> None:
+    path = saved(tmp_path / "x.pth", {**state(), "a\ud800": torch.zeros(1)}, zipped=zipped)
+    assert "not text" in refusal(path)
