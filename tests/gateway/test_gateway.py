@@ -59,7 +59,8 @@ def test_errors_of_the_service_pass_as_they_are(gateway: Gateway) -> None:
 def test_probes_speak_for_the_gateway_and_for_its_replicas(put: Put, gateway: Gateway) -> None:
     assert [gateway.http.get(path).status_code for path in ("/healthz", "/readyz")] == [200, 200]
     alone = put([closed_port()]).http
-    assert alone.get("/healthz").json() == {"status": "ok"}
+    alive = alone.get("/healthz", headers={"x-request-id": "mine"})
+    assert (alive.json(), alive.headers["x-request-id"]) == ({"status": "ok"}, "mine")
     assert_problem(alone.get("/readyz"), 502, "about:blank")
 
 
@@ -140,6 +141,12 @@ def test_the_log_has_neither_key_nor_query_nor_payload(put: Put, photo: bytes) -
         ("POST", "/features", "413"),
     ]
     assert "s3cret" not in json.dumps(log) + gateway.complaints
+
+
+def test_a_path_of_any_bytes_leaves_the_log_json(put: Put) -> None:
+    gateway = put()
+    gateway.exchange(b"GET /\x80\xff\xc3( HTTP/1.1\r\nHost: gateway\r\nConnection: close\r\n\r\n")
+    assert [entry["path"] for entry in gateway.log()] == ["(not ASCII)"]
 
 
 # --- limits -------------------------------------------------------------------------------------
@@ -336,6 +343,11 @@ def test_what_parsers_may_disagree_about_gets_no_second_request_through(gateway:
     assert gateway.http.get("/version").status_code == 200
 
 
+def test_http_0_9_is_not_served(gateway: Gateway) -> None:
+    answer = gateway.exchange(b"GET /version\n")
+    assert b"torch" not in answer
+
+
 def test_a_header_with_an_underscore_is_no_other_spelling(gateway: Gateway) -> None:
     page = gateway.http.get("/docs", headers={"X_Forwarded_Prefix": "/evil", "X_Request_ID": "evil"})
     assert "/evil" not in page.text
@@ -399,6 +411,8 @@ def test_below_a_prefix_all_is_as_without_it(put: Put, photo: bytes) -> None:
     assert_problem(http.get("/vision/metrics"), 404)
     assert_problem(http.post("/vision/models"), 403)
     assert_problem(http.get("/visions/docs"), 404)
+    for path in ("gateway/problem", "/gateway/problem", "%2fgateway/problem", "%2f%2fgateway/problem"):
+        assert_problem(http.get(f"/vision/{path}"), 404)
     assert http.get("/vision/../version").status_code == 200
 
 
