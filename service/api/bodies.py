@@ -89,7 +89,7 @@ def _is_raw(media_type: str) -> bool:
 def _refuse_query(request: Request) -> None:
     """Refuse keys in the query of a body that carries its own: they would be ignored without a word."""
     for key, _ in _query_pairs(request.scope["query_string"]):
-        raise InvalidConfig(f"#/{key[:64]}", "goes into the body; the query is for raw bodies")
+        raise InvalidConfig(pointer_to("#", key), "goes into the body; the query is for raw bodies")
 
 
 async def _off_the_loop(
@@ -112,7 +112,7 @@ def _boundary(request: Request) -> bytes:
     _, parameters = parse_options_header(request.headers.get("content-type"))
     if parameters.get(b"charset", b"utf-8").lower() not in CHARSETS:
         raise UnsupportedMedia("multipart bodies are served in the charset utf-8 only")
-    if b"boundary" not in parameters:
+    if not parameters.get(b"boundary"):
         raise MalformedBody("the multipart body cannot be read: Missing boundary in multipart.")
     return parameters[b"boundary"]
 
@@ -127,7 +127,7 @@ def _intake_of_form(parts: list[FormPart]) -> Intake:
                 (images if part.name == "image" else tensors).append(_file_of(part))
         elif part.name not in TEXT_PARTS:
             known = ", ".join(("image", "tensor", *TEXT_PARTS))
-            raise InvalidConfig(f"#/{part.name[:64]}", f"unknown part; known: {known}")
+            raise InvalidConfig(pointer_to("#", part.name), f"unknown part; known: {known}")
         elif part.name in texts:
             raise InvalidConfig(f"#/{part.name}", "the part is there twice")
         else:
@@ -204,7 +204,8 @@ def _read_query(query: bytes) -> FeatureRequest:
     values: dict[str, str] = {}
     for key, value in _query_pairs(query):
         if key not in TEXT_PARTS:
-            raise InvalidConfig(f"#/{key[:64]}", f"unknown key of the query; known: {', '.join(TEXT_PARTS)}")
+            known = ", ".join(TEXT_PARTS)
+            raise InvalidConfig(pointer_to("#", key), f"unknown key of the query; known: {known}")
         if key in values:
             raise InvalidConfig(f"#/{key}", "the key is there twice")
         values[key] = value

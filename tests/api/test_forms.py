@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from service.api.forms import FormLimits, FormPart, parse_form
 from service.errors import MalformedBody, TooLarge
+from tests.api.problems import assert_problem
 from tests.conftest import encoded, multipart
 
 LIMITS = FormLimits(max_files=3, max_texts=2, max_text_bytes=2048)
@@ -113,6 +114,15 @@ def test_a_form_beyond_a_limit_is_too_large(body: bytes, reason: str) -> None:
 def test_a_boundary_that_cannot_be_is_refused(boundary: bytes) -> None:
     with pytest.raises(MalformedBody):
         parse(form(HEAD + b"1"), boundary)
+
+
+@pytest.mark.parametrize("parameter", ["boundary", "boundary=", 'boundary=""', "boundary*=utf-8''x"])
+def test_a_form_without_a_boundary_is_refused(http: httpx.Client, parameter: str) -> None:
+    body = form(b'Content-Disposition: form-data; name="pool"\r\n\r\navg').replace(b"--x", b"--")
+    reply = http.post(
+        "/features", content=body, headers={"Content-Type": f"multipart/form-data; {parameter}"}
+    )
+    assert "Missing boundary" in assert_problem(reply, 400, "malformed-body")["detail"]
 
 
 @given(body=st.binary(max_size=300))

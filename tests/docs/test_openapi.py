@@ -203,9 +203,17 @@ def test_keys_in_the_query_of_a_body_that_has_its_own_are_refused(
         if body == "multipart"
         else {"json": {"backbone": "resnet50", "images": []}}
     )
-    refused = http.post("/features?pool=avg", **given)
-    assert refused.status_code == 422
-    assert refused.json()["errors"][0]["pointer"] == "#/pool"
+    for key, pointer in {"pool": "#/pool", "a/b~c": "#/a~1b~0c", "k" * 99: f"#/{'k' * 63}…"}.items():
+        refused = http.post("/features", params={key: "avg"}, **given)
+        assert refused.status_code == 422
+        assert refused.json()["errors"][0]["pointer"] == pointer
+
+
+def test_an_unknown_key_is_pointed_at_as_rfc_6901_has_it(http: httpx.Client, photo: bytes) -> None:
+    files = {"image": photo, "a/b~c": (None, "1")}
+    part = http.post("/features", data={"backbone": "resnet50"}, files=files)
+    raw = http.post("/features", params={"a/b~c": "1"}, content=photo, headers={"Content-Type": "image/jpeg"})
+    assert [reply.json()["errors"][0]["pointer"] for reply in (part, raw)] == ["#/a~1b~0c"] * 2
 
 
 def test_the_delete_example_is_answered_as_described(serve: Serve) -> None:
@@ -244,6 +252,14 @@ def test_the_page_refers_to_this_server_only_and_its_assets_are_there(service: R
     assert len(links) >= 4
     assert {urlsplit(link).netloc for link in links} == {urlsplit(service.url).netloc}
     assert {service.http.get(link).status_code for link in links} == {200}
+
+
+@pytest.mark.parametrize("asked", ["bytes=0-1", "bytes=5-1", "bytes=999999999-", "bytes=0-,0-,0-", "x"])
+def test_an_asset_is_sent_whole_whatever_range_is_asked_for(http: httpx.Client, asked: str) -> None:
+    whole = http.get("/docs/assets/swagger-ui.css")
+    ranged = http.get("/docs/assets/swagger-ui.css", headers={"Range": asked})
+    assert (ranged.status_code, ranged.content) == (200, whole.content)
+    assert ranged.headers["accept-ranges"] == "none"
 
 
 def test_an_image_is_tried_out_on_the_page(service: RunningService, photo: bytes, tmp_path: Path) -> None:
