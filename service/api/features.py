@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from service.api.bodies import Intake, read_features_request
 from service.api.compression import coding_of
+from service.api.headers import header
 from service.api.openapi import FEATURES_OPERATION, FEATURES_REPLY
 from service.api.reply import ChunkedReply
 from service.api.routes import LeanRoute
@@ -53,7 +54,7 @@ async def post_features(request: Request) -> Response:
     `Accept` chooses the form of the reply.
     """
     engine = await engine_of(request)
-    media_type = negotiate(request.headers.get("accept"))
+    media_type = negotiate(header(request.scope, b"accept").decode("latin-1"))
     async with until(deadline_of(request)):
         intake = await read_features_request(request, engine.settings)
     return await while_connected(
@@ -76,7 +77,7 @@ async def _answer(
     prepared = await engine.prepare(query, deadline, extra=extra, on_new=visitor.take_new_model)
     # Weak: replies that are equal by their tag may differ in their timings and in their content coding.
     headers = {"ETag": f'W/"{prepared.fingerprint}"', "X-Model-ID": prepared.model_id, "Vary": VARY}
-    if _matches(request.headers.get("if-none-match"), prepared.fingerprint):
+    if _matches(header(request.scope, b"if-none-match").decode("latin-1"), prepared.fingerprint):
         return Response(status_code=304, headers=headers)
     if visitor.counts_pixels:
         async with until(deadline):
@@ -140,12 +141,10 @@ def _query(intake: Intake, client_name: str) -> FeatureQuery:
     )
 
 
-def _matches(if_none_match: str | None, fingerprint: str) -> bool:
+def _matches(if_none_match: str, fingerprint: str) -> bool:
     """Weak comparison (RFC 9110, section 8.8.3.2)."""
-    if if_none_match is None:
-        return False
-    given = {tag.strip().removeprefix("W/").strip('"') for tag in if_none_match[:4096].split(",")}
-    return fingerprint in given or "*" in given
+    given = {tag.strip().removeprefix("W/") for tag in if_none_match[:4096].split(",")}
+    return f'"{fingerprint}"' in given or "*" in given
 
 
 def _server_timing(prepared: Prepared, reply: FeatureReply, encoded: EncodedReply) -> str:

@@ -6,5 +6,5 @@ from starlette.types import Scope
 
 
 def header(scope: Scope, name: bytes) -> bytes:
-    """The first value of a header, its name in lower case; empty where it is not there."""
-    return next((value for key, value in scope["headers"] if key == name), b"")
+    """The value of a header, its name in lower case; several are one list (RFC 9110, 5.2), and empty is none."""
+    return b", ".join(value for key, value in scope["headers"] if key == name)

@@ -69,7 +69,7 @@ class LimitsMiddleware:
             return _too_large(self._limits)
         if declared.isdigit() and int(declared) + self._held.size_bytes > self._limits.budget_bytes:
             return _busy(self._limits)
-        if header(scope, b"content-encoding") not in (b"", b"identity"):
+        if header(scope, b"content-encoding").lower() not in (b"", b"identity"):
             return UnsupportedMedia("compressed request bodies are not served; send the body as it is")
         return None
 

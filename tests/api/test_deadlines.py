@@ -88,6 +88,12 @@ def test_a_timeout_that_is_no_number_of_seconds_is_refused(http: httpx.Client, v
     assert "X-Request-Timeout must be seconds" in body["detail"]
 
 
+@pytest.mark.parametrize("second", ["7", "nan"])
+def test_two_timeouts_are_no_number_of_seconds(http: httpx.Client, second: str) -> None:
+    twice = [("X-Request-Timeout", "7"), ("X-Request-Timeout", second)]
+    assert_problem(http.get("/models", headers=twice), 400, "invalid-header")
+
+
 def test_a_request_without_any_time_is_not_served(service: RunningService) -> None:
     assert_problem(ask(service, **{"X-Request-Timeout": "0"}), 504, "deadline-exceeded")
 

@@ -28,7 +28,7 @@ BINARY = ("application/x-npz", "application/vnd.safetensors", "application/vnd.a
 
 
 def post(http: httpx.Client, config: Any, accept: str = "application/json", **given: Any) -> httpx.Response:
-    headers = {"Accept": accept, **given.pop("headers", {})}
+    headers = httpx.Headers([("Accept", accept), *httpx.Headers(given.pop("headers", {})).multi_items()])
     return http.post("/features", headers=headers, **multipart(config, **given))
 
 
@@ -250,6 +250,11 @@ def test_an_etag_changes_with_what_changes_the_answer(http: httpx.Client, photo:
     assert again.status_code == 304
     assert again.content == b""
     assert again.headers["etag"] == etag
+    for matching in ('"x", ' + etag, '"x"\t,' + etag.removeprefix("W/"), "*"):
+        twice = [("If-None-Match", '"y"'), ("If-None-Match", matching)]
+        assert post(http, RESNET18, image=photo, headers=twice).status_code == 304
+    for other_tag in ('"*"', 'W/"*"', '""', etag[:-2] + '"'):
+        assert post(http, RESNET18, image=photo, headers={"If-None-Match": other_tag}).status_code == 200
     others = [
         post(http, {**RESNET18, "depth": 34}, image=photo),
         post(http, RESNET18, image=photo + b"\0"),
