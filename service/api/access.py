@@ -223,6 +223,8 @@ class Access:
             loop.remove_signal_handler(signal.SIGHUP)
 
     def _begin_reading(self) -> None:
+        if len(self._readings) > 1:
+            return  # one of them has not begun, and will find the file as it is now
         task = asyncio.ensure_future(self.read_keys_again())
         self._readings.add(task)
         task.add_done_callback(self._readings.discard)

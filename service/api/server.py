@@ -112,7 +112,7 @@ class DrainingServer(uvicorn.Server):
         if now < self._refuse_at:
             return False
         self._startup.give_up()
-        return not self.server_state.tasks or now >= self._end_at
+        return not self._drain.in_flight or now >= self._end_at
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the port, and stop the app; what is still in flight has what is left of the time."""

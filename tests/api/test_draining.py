@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -118,6 +119,30 @@ def test_nothing_that_comes_while_it_serves_on_or_refuses_is_lost(
     for replies in found:
         statuses = "".join("s" if status == 200 else "r" if status == 503 else "?" for status, _ in replies)
         assert re.fullmatch("s+r*", statuses), statuses
+
+
+def test_who_asks_on_and_on_does_not_keep_it_from_ending(start: Start) -> None:
+    process = start("--drain-seconds", "40")
+    assert process.http.get("/version").status_code == 200
+    refused = threading.Event()
+
+    def client() -> None:
+        while True:
+            try:
+                if httpx.get(f"http://127.0.0.1:{process.port}/version", trust_env=False).status_code == 503:
+                    refused.set()
+            except httpx.TransportError:
+                return
+
+    with ThreadPoolExecutor(8) as pool:
+        clients = [pool.submit(client) for _ in range(8)]
+        process.signal(signal.SIGTERM)
+        began = time.monotonic()
+        assert process.wait() == 0
+        assert time.monotonic() - began < 20
+        for one in clients:
+            one.result(60)
+    assert process.wait() == 0
 
 
 def ask_features(port: int) -> tuple[int, str]:

@@ -12,11 +12,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.api.access import Who
+from service.api.access import Access, Who
 from service.api.app import create_app
 from service.api.keys import BadKeys, Holder, keys_of_setting, make_key, parse_keys, written_hash
+from service.metrics import Metrics
 from service.settings import Settings
-from tests.conftest import Serve
+from tests.conftest import Serve, settings_for
 from tests.processes import COMMAND, Process, Start, environment
 
 ALICE, BOB, ROOT_KEY = make_key(), make_key(), make_key()
@@ -241,6 +242,20 @@ def test_keys_that_cannot_be_used_change_nothing_and_are_logged_without_them(
     log = "".join(file.process.lines)
     assert not any(key in log or written_hash(key) in log for key in (ALICE, BOB, ROOT_KEY))
     assert "may read the keys file" not in log
+
+
+async def test_a_storm_of_hangups_reads_the_file_no_more_often_than_matters(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "keys").write_text(line("alice", ALICE))
+    caplog.set_level("INFO", "service.keys")
+    access = Access(settings_for(tmp_path, keys_file=tmp_path / "keys"), Metrics())
+    with access.reading_keys_on_hangup():
+        for _ in range(50):
+            signal.raise_signal(signal.SIGHUP)
+        for _ in range(5):  # the signals come in meanwhile, and the last is behind what they asked for
+            await access.read_keys_again()
+    assert caplog.text.count("the keys were read again") == 5 + 2
 
 
 def test_a_service_that_was_open_to_clients_is_closed_by_the_first_key_for_them(
