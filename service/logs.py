@@ -33,6 +33,8 @@ FIELDS = (
     "model",
     "problem",
 )
+# What uvicorn logs of what our own lines have said.
+REPEATED = ("Exception in ASGI application", "Invalid HTTP request received")
 MAX_MESSAGE_CHARS = 8_192
 MAX_TRACEBACK_CHARS = 32_768
 MAX_WAITING_LINES = 10_000
@@ -67,8 +69,8 @@ def set_up_logs(form: str, level: str) -> None:
 
 
 def _is_no_repetition(record: logging.LogRecord) -> bool:
-    """A crash of a request has been logged by its middleware, with the request's ids."""
-    return not str(record.msg).startswith("Exception in ASGI application")
+    """A crash of a request has been logged by its middleware with the request's ids; what is no request, as refused."""
+    return not str(record.msg).startswith(REPEATED)
 
 
 def _log_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

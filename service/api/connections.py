@@ -13,6 +13,8 @@ import logging
 import secrets
 import socket
 import struct
+import time
+from collections.abc import Sequence
 from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +50,7 @@ MAX_FRAMING_BYTES = 64 * 1024
 # After an early answer the rest is read and dropped for a while, or the client would see a reset instead of it.
 LINGER_S = 5.0
 LINGER_BYTES = 128 * 2**20
-# Connections beyond the limit that are told so; those beyond these are closed without a word.
+# Connections beyond the limit: of those that are told so, and of those that were answered and only go on sending.
 SPARE_CONNECTIONS = 64
 SWEEP_S = 1.0
 # A larger body is not copied to be joined to its head; it leaves in many pieces anyway.
@@ -56,6 +58,7 @@ JOINED_BYTES = 64 * 1024
 HEAD_BEGINS = b"HTTP/"
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 Piece = bytes | bytearray | memoryview
+Headers = Sequence[tuple[bytes, bytes]]
 access_log = logging.getLogger("service.access")
 
 
@@ -81,9 +84,10 @@ class Connections:
         self.limits = limits
         self._metrics = metrics
         self._open: set[GuardedProtocol] = set()
+        self._lingering: dict[GuardedProtocol, None] = {}  # in the order in which they began to
         self._sweep: asyncio.TimerHandle | None = None
         self._sweep_s = min(SWEEP_S, limits.header_timeout_s / 4, limits.reply_timeout_s / 4)
-        metrics.connections.set_function(lambda: len(self._open))
+        metrics.connections.set_function(lambda: len(self._open) + len(self._lingering))
 
     def opened(self, connection: GuardedProtocol) -> None:
         """Look after a connection."""
@@ -91,21 +95,34 @@ class Connections:
         if self._sweep is None:
             self._arm()
 
+    def lingers(self, connection: GuardedProtocol) -> None:
+        """Look after a connection whose client has its answer; it takes nobody's place."""
+        self._open.discard(connection)
+        self._lingering[connection] = None
+
     def closed(self, connection: GuardedProtocol) -> None:
         """Forget a connection."""
         self._open.discard(connection)
+        self._lingering.pop(connection, None)
 
     @property
     def over(self) -> int:
-        """How many connections there are beyond the limit; 0 and less within."""
+        """How many connections there are beyond the limit, but for those that linger; 0 and less within."""
         return len(self._open) - self.limits.max_connections
 
     def make_room(self) -> None:
-        """Close the connection that has been idle for longest, if there is no room for another: probes get through."""
+        """Close what another connection takes the room of, if anything can be: probes get through.
+
+        That is the connection that has been idle for longest, or has lingered for longest once they are too many.
+        """
         idle = [connection for connection in self._open if connection.is_idle] if self.over >= 0 else ()
         if idle:
             longest = min(idle, key=lambda connection: connection.since)
             self._open.discard(longest)
+            longest.drop("too many connections")
+        elif self._lingering and self.over + len(self._lingering) >= SPARE_CONNECTIONS:
+            longest = next(iter(self._lingering))
+            del self._lingering[longest]
             longest.drop("too many connections")
 
     def _arm(self) -> None:
@@ -113,22 +130,25 @@ class Connections:
 
     def _look(self) -> None:
         now = asyncio.get_running_loop().time()
-        for connection in list(self._open):
+        for connection in (*self._open, *self._lingering):
             connection.check(now)
         self._sweep = None
-        if self._open:
+        if self._open or self._lingering:
             self._arm()
 
-    def refusal(self, error: ServiceError) -> bytes:
+    def refusal(self, error: ServiceError, default_headers: Headers) -> bytes:
         """A whole reply that says no to what never became a request, counted and logged like one."""
-        return copy_context().run(self._refusal, error)
+        return copy_context().run(self._refusal, error, default_headers)
 
-    def _refusal(self, error: ServiceError) -> bytes:
+    def _refusal(self, error: ServiceError, default_headers: Headers) -> bytes:
+        began = time.perf_counter()
         context = RequestContext(secrets.token_hex(8), span_below(None))
         CURRENT.set(context)
         reply = problem_response(error, context.request_id)
         headers = [
+            *default_headers,
             *reply.raw_headers,
+            (b"server-timing", b"total;dur=%.2f" % ((time.perf_counter() - began) * 1000)),
             (b"x-request-id", context.request_id.encode()),
             (b"x-content-type-options", b"nosniff"),
             (b"traceresponse", context.trace.traceparent().encode()),
@@ -283,7 +303,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._header_count > MAX_HEADERS or self._header_bytes > MAX_HEADER_BYTES:
             self._stop(_headers_too_large())
         if self._stage is Stage.HEAD:
-            super().on_header(name, value)
+            super().on_header(name, value.rstrip(b" \t"))  # httptools leaves the blanks behind a value
 
     def on_headers_complete(self) -> None:
         """Hand the request on. Until it is whole, the reply to it says that the connection will be closed."""
@@ -350,7 +370,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._answer(error)
 
     def _answer(self, error: ServiceError) -> None:
-        self.transport.write(self._all.refusal(error))
+        self.transport.write(self._all.refusal(error, self.server_state.default_headers))
         self.transport.close()
 
     def on_response_complete(self) -> None:
@@ -374,6 +394,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._wire.close()
             return
         self._is_lingering, self._since = True, self.loop.time()
+        self._all.lingers(self)
         self._wire.write_eof()
         self.flow.resume_reading()
 

@@ -155,6 +155,28 @@ def test_what_is_no_request_is_refused_and_the_connection_closed(client: RawClie
     assert client.is_closed()
 
 
+def test_a_refusal_of_what_is_no_request_has_the_headers_of_every_reply(client: RawClient) -> None:
+    client.send(b"GET\r\n\r\n")
+    reply = client.reply()
+    assert reply.status == 400
+    assert {"date", "server-timing", "traceresponse", "x-content-type-options"} <= set(reply.headers)
+
+
+def test_blanks_around_a_value_are_none_of_it(client: RawClient) -> None:
+    for name, value in {
+        "X-Request-ID": b"mine",
+        "X-Request-Timeout": b"5",
+        "Content-Encoding": b"Identity",
+    }.items():
+        for padded in (value, b" \t" + value + b"\t ", value + b" "):
+            client.send(GET.replace(b"/healthz", b"/models") + name.encode() + b":" + padded + b"\r\n\r\n")
+            reply = client.reply()
+            assert reply.status == 200, (name, padded, reply.body)
+            assert name != "X-Request-ID" or reply.headers["x-request-id"] == "mine"
+    client.send(CHUNKED.replace(b"chunked", b"chunked ") + b"2\r\n{}\r\n0\r\n\r\n")
+    assert client.reply().status == 422
+
+
 def test_trailers_are_dropped_and_counted(client: RawClient) -> None:
     body = json.dumps({"backbone": CONFIG, "images": [{"base64": ""}]}).encode()
     chunk = b"%x\r\n%s\r\n0\r\n" % (len(body), body)
@@ -217,6 +239,11 @@ def test_who_has_no_key_is_told_so_before_the_body_is_asked_for(serve: Serve) ->
     with RawClient(serve(api_keys="a").url) as client:
         client.send(POST + b"Expect: 100-continue\r\nContent-Length: 1000\r\n\r\n")
         client.reply().problem(401, "unauthenticated")
+
+
+def test_a_coding_in_a_second_header_is_seen_too(service: RunningService) -> None:
+    twice = [("Content-Encoding", "identity"), ("Content-Encoding", "gzip")]
+    assert_problem(service.http.post("/features", headers=twice, content=b"{}"), 415, "unsupported-media")
 
 
 def test_a_body_is_asked_for_where_the_client_waits_for_that(client: RawClient) -> None:
@@ -381,14 +408,28 @@ def busy_connections(stack: contextlib.ExitStack, service: RunningService, numbe
     return clients
 
 
-def test_connections_far_beyond_the_limit_are_closed(serve: Serve) -> None:
+def test_connections_far_beyond_the_limit_are_told_so_and_kept_open_no_longer(serve: Serve) -> None:
     service = serve(max_connections=1)
     with contextlib.ExitStack() as stack:
         busy_connections(stack, service, 1)
-        clients = [stack.enter_context(RawClient(service.url)) for _ in range(SPARE_CONNECTIONS + 2)]
-        for client in clients[:SPARE_CONNECTIONS]:
+        clients = [stack.enter_context(RawClient(service.url)) for _ in range(SPARE_CONNECTIONS + 20)]
+        for client in clients:
             client.reply().problem(503, "service-busy")
-        assert [client.is_closed() for client in clients[SPARE_CONNECTIONS:]] == [True, True]
+        gauge = b"backbone_connections %.1f\n" % (1 + SPARE_CONNECTIONS)
+        assert gauge in service.app.state.startup.metrics.text()
+
+
+def test_who_was_answered_and_goes_on_sending_takes_nobodys_place(serve: Serve) -> None:
+    service = serve(max_connections=3, max_requests=1)
+    with contextlib.ExitStack() as stack:
+        busy_connections(stack, service, 1)
+        for _ in range(SPARE_CONNECTIONS + 20):
+            refused = stack.enter_context(RawClient(service.url))
+            refused.send(POST + b"Content-Length: 100\r\n\r\n{")
+            refused.reply().problem(503, "queue-full")
+        with RawClient(service.url) as probe:
+            probe.send(GET + b"\r\n")
+            assert probe.reply().status == 200
 
 
 def test_the_connection_idle_for_longest_makes_room(serve: Serve) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from service.logs import MAX_WAITING_LINES, JsonLine, LineWriter, TextLine
+from tests.api.raw import RawClient
 from tests.conftest import encoded, multipart
 from tests.processes import COMMAND, Process, Start, environment
 
@@ -107,6 +108,16 @@ def test_nothing_that_a_client_sent_is_logged(start: Start) -> None:
     assert secret not in text
     assert "k-right" not in text
     assert "forged" not in text
+
+
+def test_what_is_no_request_is_one_line(start: Start) -> None:
+    process = start()
+    with RawClient(f"http://127.0.0.1:{process.port}") as client:
+        client.send(b"zebra\r\n\r\n")
+        client.reply().problem(400, "malformed-request")
+    lines = ended(process)
+    assert [line["problem"] for line in access(lines)] == ["malformed_request"]
+    assert [line for line in lines if line["level"] != "info"] == []
 
 
 def test_a_request_is_logged_by_the_name_of_its_key(start: Start, tmp_path: Path) -> None:
