@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AliasChoices, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+MAX_DRAIN_S = 86_400
 HUB = "https://huggingface.co"
 LIBRARY_HOSTS = (
     "download.openmmlab.com",
@@ -170,9 +171,12 @@ class Settings(BaseSettings):
     drain_delay: float = Field(
         0.0,
         ge=0,
+        le=MAX_DRAIN_S,
         description="seconds after SIGTERM in which requests are still served, for gateways to notice",
     )
-    drain_seconds: float = Field(10.0, ge=0, description="seconds to finish what is in flight at shutdown")
+    drain_seconds: float = Field(
+        10.0, ge=0, le=MAX_DRAIN_S, description="seconds to finish what is in flight at shutdown"
+    )
     decode_threads: int = Field(
         0, ge=0, le=256, description="threads that decode and encode; 0 is one a core"
     )

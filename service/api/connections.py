@@ -21,7 +21,8 @@ from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from service.api.errors import problem_response, reason_of
@@ -204,6 +205,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._stage = Stage.HEAD
         self._since = self._window_from = self.loop.time()
         self._refusal: ServiceError | None = None
+        self._answered: RequestResponseCycle | None = None  # others may wait behind it
         self._is_deaf = self._is_lingering = self._keeps_alive = False
         self._sent_before = self._dropped_bytes = 0
         self._start_head()
@@ -228,9 +230,16 @@ class GuardedProtocol(HttpToolsProtocol):
             self._refuse(ServiceBusy(f"all {limit:,} connections are taken; ask again"))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget it."""
+        """Forget it, and tell the app that nobody waits; uvicorn tells it of the request that was sent last only."""
         self._all.closed(self)
+        if self._answered is not None and not self._answered.response_complete:
+            self._answered.disconnected = True
+            self._answered.message_event.set()
         super().connection_lost(exc)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
 
     def shutdown(self) -> None:
         """Close it as soon as what is under way is answered."""
@@ -482,12 +491,12 @@ class _Door(asyncio.Transport):
         """Send a head whose body does not come at once."""
         if self._head:
             head, self._head = self._head, b""
-            if not self._wire.is_closing():
-                self._send(head)
+            self._send(head)
 
     def _send(self, data: Piece) -> None:
-        self.written_bytes += len(data)
-        self._wire.write(data)
+        if not self._wire.is_closing():
+            self.written_bytes += len(data)
+            self._wire.write(data)
 
     def is_closing(self) -> bool:
         """Whether nothing more will be said."""

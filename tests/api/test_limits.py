@@ -352,20 +352,23 @@ def test_500_bodies_that_stop_are_408_and_an_honest_client_is_served_meanwhile(
     assert count(strict, "backbone_body_bytes") == 0
 
 
+@pytest.mark.parametrize("ahead", [b"", GET + b"\r\n"], ids=["alone", "with another sent ahead"])
 def test_a_reply_that_is_not_read_ends_with_its_connection(
-    strict: RunningService, hurried: RawClient
+    strict: RunningService, hurried: RawClient, ahead: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = count(strict, "backbone_dropped_connections_total", reason="slow reader")
     image = encoded(np.full((1280, 1280, 3), 77, np.uint8))
-    config = {**CONFIG, "base_channels": 64, "out_indices": [0]}  # 26 MB, more than the system holds back
+    config = {**CONFIG, "base_channels": 64, "out_indices": [0, 1]}  # 39 MB, more than the system holds back
     query = httpx.QueryParams(backbone=json.dumps(config), preprocess='{"mode":"native"}')
     head = f"POST /features?{query} HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
     head += f"Accept: application/vnd.safetensors\r\nContent-Length: {len(image)}\r\n\r\n"
-    hurried.send(head.encode() + image)
+    hurried.send(head.encode() + image + ahead)
     assert hurried.socket.recv(15) == b"HTTP/1.1 200 OK"
     while count(strict, "backbone_dropped_connections_total", reason="slow reader") == before:
         pass
     assert hurried.is_reset()
+    strict.http.get("/healthz")  # behind what the reply's task had still to do
+    assert "crashed" not in caplog.text
 
 
 def test_a_body_that_comes_steadily_may_take_longer_than_its_time(serve: Serve) -> None:

@@ -88,6 +88,7 @@ def test_version_is_that_of_the_distribution() -> None:
         (["--config-dir", "nowhere"], {}, ["--config-dir (BACKBONE_CONFIG_DIR)", "'nowhere'"]),
         ([], {"BACKBONE_CHECKPOINT_DIR": COMMAND}, ["--checkpoint-dir (BACKBONE_CHECKPOINT_DIR)"]),
         (["--hub-endpoint", "x", "--queue-size", "0"], {}, ["--queue-size (BACKBONE_QUEUE_SIZE)"]),
+        ([], {"BACKBONE_DRAIN_SECONDS": "inf"}, ["--drain-seconds", "less than or equal to 86400"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
