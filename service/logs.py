@@ -62,7 +62,11 @@ def set_up_logs(form: str, level: str) -> None:
     for ours in ("service", "uvicorn"):
         logging.getLogger(ours).setLevel(least)
     logging.getLogger("uvicorn.error").addFilter(_is_no_repetition)
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # warns of what a client gets a 400 for
+    for quoting in (
+        "python_multipart",
+        "opentelemetry.trace.span",
+    ):  # they warn of, and with, what a client sent
+        logging.getLogger(quoting).setLevel(logging.ERROR)
     logging.captureWarnings(capture=True)
     sys.excepthook = _log_crash
     threading.excepthook = _log_thread_crash

@@ -110,6 +110,14 @@ def test_nothing_that_a_client_sent_is_logged(start: Start) -> None:
     assert "forged" not in text
 
 
+def test_a_tracestate_that_is_none_is_not_logged(start: Start) -> None:
+    process = start(BACKBONE_TRACING="1", OTEL_TRACES_SAMPLER="always_off")
+    headers = {"traceparent": f"00-{TRACE_ID}-00f067aa0ba902b7-01", "tracestate": "zebra"}
+    assert process.http.get("/version", headers=headers).status_code == 200
+    ended(process)
+    assert "zebra" not in "".join(process.lines)
+
+
 def test_what_is_no_request_is_one_line(start: Start) -> None:
     process = start()
     with RawClient(f"http://127.0.0.1:{process.port}") as client:

@@ -343,11 +343,6 @@ def test_what_parsers_may_disagree_about_gets_no_second_request_through(gateway:
     assert gateway.http.get("/version").status_code == 200
 
 
-def test_http_0_9_is_not_served(gateway: Gateway) -> None:
-    answer = gateway.exchange(b"GET /version\n")
-    assert b"torch" not in answer
-
-
 def test_a_header_with_an_underscore_is_no_other_spelling(gateway: Gateway) -> None:
     page = gateway.http.get("/docs", headers={"X_Forwarded_Prefix": "/evil", "X_Request_ID": "evil"})
     assert "/evil" not in page.text
