@@ -9,8 +9,8 @@ import torch
 from service.config.spec import Precision
 from service.errors import TooLarge
 
-# Operations a second, float32, that no network exceeds: a core with two units of 512 bits at 4 GHz (ResNet-50 was seen to
-# reach 220 on such a one), and a multiprocessor of CUDA (128 lanes at 2 GHz, a product and a sum each).
+# Operations a second, float32, that no network exceeds: a core with two units of 512 bits at 4 GHz (ResNet-50 was seen
+# to reach 220 on such a one), and a multiprocessor of CUDA (128 lanes at 2 GHz, a product and a sum each).
 CORE_SPEED = 256 * 10**9
 MULTIPROCESSOR_SPEED = 512 * 10**9
 OTHER_DEVICE_SPEED = 10**13

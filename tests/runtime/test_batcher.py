@@ -562,13 +562,14 @@ def test_a_full_queue_is_over_when_the_last_deadline_is(make, machine) -> None:
     machine.cost = lambda jobs: 100.0
     batcher = make(max_batch=1, queue_size=4)
     machine.go_on.set()
-    results([batcher.submit(job("slow", deadline=30.0))])
+    for began in (0.0, 100.0, 200.0):
+        results([batcher.submit(job("slow", deadline=began + 30.0))])
     machine.go_on.clear()
-    batcher.submit(job("running", deadline=130.0))
-    machine.wait_for(2)
-    batcher.submit(job("waiting", deadline=130.0))
+    batcher.submit(job("running", deadline=330.0))
+    machine.wait_for(4)
+    batcher.submit(job("waiting", deadline=330.0))
     with pytest.raises(QueueFull, match=r"takes about 100.0 s; this request may wait for 2\d.\d s") as full:
-        batcher.submit(job("more", deadline=130.0))
+        batcher.submit(job("more", deadline=330.0))
     assert full.value.retry_after_s is not None
     assert 30.0 <= full.value.retry_after_s <= 45.0
 

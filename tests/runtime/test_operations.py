@@ -57,8 +57,8 @@ def test_attention_grows_with_the_square_of_the_image(planner: Planner) -> None:
 def test_more_than_the_device_does_before_the_deadline_is_refused_with_the_numbers() -> None:
     speed = Speed.of(torch.device("cpu"), cores=2, request_timeout_s=30)
     speed.refuse_slow(speed.limit, "float32")
-    with pytest.raises(TooLarge, match=r"4,000 billion operations; .* at most 3,840 billion"):
-        speed.refuse_slow(4 * 10**12, "bfloat16")
+    with pytest.raises(TooLarge, match=r"16,000 billion operations; .* at most 15,360 billion"):
+        speed.refuse_slow(16 * 10**12, "bfloat16")
 
 
 def test_a_small_file_of_hours_of_attention_is_refused_and_never_begun(serve: Serve) -> None:
