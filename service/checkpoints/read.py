@@ -77,6 +77,8 @@ def _read_safetensors(mapped: mmap.mmap) -> StateDict:
         state: StateDict = load(data)
     except SafetensorError as error:  # its text is of offsets in the header
         raise DamagedPickleError("its safetensors header and its data do not agree") from error
+    except KeyError as error:  # of the library's own table of types, which lags behind its format
+        raise ForeignObjectError("holds numbers of a type that no backbone here has") from error
     for tensor in state.values():
         if str(tensor.dtype) not in DTYPES:
             kind = str(tensor.dtype).removeprefix("torch.")

@@ -7,6 +7,7 @@ import builtins
 import collections
 import datetime
 import io
+import json
 import os
 import pickle
 import struct
@@ -570,3 +571,11 @@ def test_a_file_that_went_away_is_unavailable(tmp_path) -> None:
 def test_a_name_that_is_not_text_is_refused(tmp_path, zipped) -> None:
     path = saved(tmp_path / "x.pth", {**state(), "a\ud800": torch.zeros(1)}, zipped=zipped)
     assert "not text" in refusal(path)
+
+
+@pytest.mark.parametrize("kind", ["F8_E8M0", "F4", "F6_E2M3"])
+def test_types_that_only_the_format_knows_are_refused(tmp_path, kind) -> None:
+    header = json.dumps({"a": {"dtype": kind, "shape": [8], "data_offsets": [0, 8]}}).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    assert refusal(path)
