@@ -71,6 +71,9 @@ def _launch(settings: Sequence[str], folder: str) -> Callable[[int], Launch]:
         "BACKBONE_ADMIN_KEYS": KEYS["admin"],
         "BACKBONE_CHECKPOINT_DIR": folder,
         "BACKBONE_ENGINE_CACHE": f"{folder}/engines",
+        # What may grow is bounded tightly, so that what should not can be seen to.
+        "BACKBONE_MODEL_BUDGET": "1000000000",
+        "BACKBONE_WORK_MEMORY": "1500000000",
         **given,
     }
     command = [sys.executable, "-m", "service.cli", "serve", "--port"]

@@ -46,6 +46,11 @@ class LiveBytes(TorchDispatchMode):
         self._now = 0
         self._bytes: dict[int, int] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch's compiler, which nothing runs this under, is not to be imported: 150 MB and a second."""
+        return False
+
     def __torch_dispatch__(
         self,
         func: Callable[..., Any],

@@ -104,6 +104,7 @@ planner = Planner(backbone_registry(), neck_registry(), ConfigCatalogue(Path("mo
 for config in ({"type": "ResNet", "depth": 50}, {"type": "VisionTransformer", "arch": "base"},
                {"type": "mmpretrain.ConvNeXt", "arch": "tiny"}, {"type": "mmpretrain.SwinTransformer", "arch": "tiny"}):
     planner.levels_at(planner.plan(config), (224, 224))
+    planner.cost(planner.plan(config), (224, 224), "#")
 print([name for name in ("torch._dynamo", "sympy") if name in sys.modules])
 """
     done = subprocess.run(

@@ -12,7 +12,6 @@ import numpy as np
 import schemathesis
 from hypothesis import settings
 from hypothesis import strategies as st
-from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
     response_headers_conformance,
@@ -35,7 +34,6 @@ schemathesis.openapi.media_type("application/x-npy", st.just(TENSOR) | st.binary
 BODIES_WITH_PARAMETERS = ("multipart/form-data", "application/json")
 SCHEMA = schemathesis.openapi.from_dict(create_app(Settings()).openapi())
 CHECKS = [
-    not_a_server_error,
     status_code_conformance,
     content_type_conformance,
     response_headers_conformance,
@@ -64,10 +62,16 @@ def _own_queries(context: schemathesis.HookContext, query: Any) -> st.SearchStra
     return st.just(query) | asked
 
 
+def validate(case: schemathesis.Case, service: RunningService) -> None:
+    """A reply that is described, and no crash: 502, 503 and 504 are promised of what asks too much, or for no time."""
+    response = case.call_and_validate(base_url=service.url, checks=CHECKS)
+    assert response.status_code != 500
+
+
 @SCHEMA.exclude(path="/features", method="POST").parametrize()
 @settings(PROFILE, max_examples=examples(20))
 def test_replies_are_as_described(case: schemathesis.Case, service: RunningService) -> None:
-    case.call_and_validate(base_url=service.url, checks=CHECKS)
+    validate(case, service)
 
 
 @SCHEMA.include(path="/features", method="POST").parametrize()
@@ -75,4 +79,4 @@ def test_replies_are_as_described(case: schemathesis.Case, service: RunningServi
 def test_replies_of_features_are_as_described(case: schemathesis.Case, service: RunningService) -> None:
     if case.media_type in BODIES_WITH_PARAMETERS:
         case.query = {}  # it is refused beside them, and they would never be read
-    case.call_and_validate(base_url=service.url, checks=CHECKS)
+    validate(case, service)

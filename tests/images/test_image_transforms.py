@@ -190,11 +190,10 @@ def test_a_plan_costs_nothing_whatever_the_size():
 @pytest.mark.parametrize("size", [(1, 30000), (30000, 1), (1, 65500), (65500, 3), (65500, 37)])
 @pytest.mark.parametrize("raw", [{}, {"size": 512, "crop_pct": 0.05}, {"size": [32, 64]}, {"size": 1}])
 def test_thin_images_do_not_explode(size, raw):
-    started = time.monotonic()
     transformed = transform_image(image_of(*size), spec_of(**raw))
     assert transformed.array.shape == (3, *transformed.valid)
     assert np.isfinite(transformed.array).all()
-    assert time.monotonic() - started < 2
+    assert transformed.array.nbytes < 100_000_000
 
 
 def test_the_smallest_crop_of_the_largest_size_does_not_explode():

@@ -65,7 +65,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint
 @pytest.fixture(scope="module")
 def small_service(checkpoints: CheckpointFolder) -> Iterator[RunningService]:
     """A service with memory for few models."""
-    settings = settings_for(checkpoints.folder, model_budget=str(BUDGET), min_residency=0)
+    settings = settings_for(
+        checkpoints.folder, model_budget=str(BUDGET), min_residency=0, request_timeout=120
+    )
     with RunningService(settings) as running:
         yield running
 
