@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
@@ -40,12 +40,15 @@ class _Line:
         self._clients.setdefault(waiter.share.client, deque()).append(waiter)
         self._count(waiter, 1)
 
-    def first(self) -> _Waiter | None:
-        return next(iter(self._clients.values()))[0] if self._clients else None
+    def first(self, may: Callable[[str, int], bool]) -> _Waiter | None:
+        """The next of the first client that may take what it waits for."""
+        heads = (waiters[0] for waiters in self._clients.values())
+        return next((head for head in heads if may(head.share.client, head.amount)), None)
 
-    def take_first(self) -> None:
-        """Take out the first; its client's next turn comes after those of the others."""
-        client, waiters = next(iter(self._clients.items()))
+    def take(self, waiter: _Waiter) -> None:
+        """Take out the first of a client, whose next turn comes after those of the others."""
+        client = waiter.share.client
+        waiters = self._clients[client]
         self._count(waiters.popleft(), -1)
         if waiters:
             self._clients.move_to_end(client)
@@ -96,6 +99,7 @@ class Shares:
         self.largest = capacity - (capacity // ASIDE_PART if aside else 0)
         self.used = 0
         self._used_by_small = 0
+        self._small_of: Counter[str] = Counter()  # what small shares of each client have
         self._max_burden = max_burden
         self._full = full
         self._lines = {True: _Line(), False: _Line()}  # of the small, and of the others
@@ -133,7 +137,9 @@ class Shares:
         """Take at once if nobody of its kind waits and there is room."""
         with self._lock:
             is_small = amount <= self.small
-            if self._lines[is_small].count or not self._has_room(amount, is_small=is_small):
+            if self._lines[is_small].count or not self._may(share.client, amount):
+                return False
+            if not self._has_room(amount, is_small=is_small):
                 return False
             self._grant(share, amount)
             return True
@@ -185,22 +191,39 @@ class Shares:
         aside = self.capacity - self.largest
         if not is_small:
             return self.used - min(self._used_by_small, aside) + amount <= self.largest
-        # What is set aside keeps small shares going while a large one waits for the rest.
-        if self._lines[False].count and self._used_by_small + amount > aside:
-            return False
         return self.used + amount <= self.capacity
+
+    def _may(self, client: str, amount: int) -> bool:
+        """Whether it is no other's turn: while large shares wait, small ones keep to what is set aside for them.
+
+        All together may have had more before; then each client keeps to its own part of that.
+        """
+        aside = self.capacity - self.largest
+        if amount > self.small or not self._lines[False].count or self._used_by_small + amount <= aside:
+            return True
+        own = self._small_of[client] + amount
+        clients = len(self._small_of) + (client not in self._small_of)
+        return own <= max(aside // clients, self.small)
 
     def _grant(self, share: Share, amount: int) -> None:
         share.since = share.since or time.monotonic()
         share.is_small = amount <= self.small
         share.amount += amount
         self.used += amount
-        self._used_by_small += amount if share.is_small else 0
+        if share.is_small:
+            self._count_small(share.client, amount)
 
     def _put_back(self, share: Share, amount: int) -> None:
         share.amount -= amount
         self.used -= amount
-        self._used_by_small -= amount if share.is_small else 0
+        if share.is_small:
+            self._count_small(share.client, -amount)
+
+    def _count_small(self, client: str, amount: int) -> None:
+        self._used_by_small += amount
+        self._small_of[client] += amount
+        if not self._small_of[client]:
+            del self._small_of[client]
 
     def _place(self, waiter: _Waiter) -> tuple[bool, list[_Waiter]]:
         """Put one in its line, and take out who has to make room; whether it has a place."""
@@ -236,8 +259,8 @@ class Shares:
     def _next_turns(self) -> None:
         with self._lock:
             for is_small, line in self._lines.items():
-                while (first := line.first()) and self._has_room(first.amount, is_small=is_small):
-                    line.take_first()
+                while (first := line.first(self._may)) and self._has_room(first.amount, is_small=is_small):
+                    line.take(first)
                     if not first.granted.done():  # nor cancelled at this moment
                         self._grant(first.share, first.amount)
                         first.granted.set_result(None)

@@ -172,3 +172,23 @@ async def test_a_share_outlives_its_event_loop() -> None:
     share.let_go()  # its own loop is closed and wakes nobody
     assert pool.used == 0
     waiting.cancel()
+
+
+async def test_a_client_with_little_goes_on_where_anothers_small_shares_keep_a_large_one_waiting() -> None:
+    pool = shares(640, max_burden=10_000, aside=True)
+    greedy = [await taken(pool, 10, "greedy") for _ in range(50)]  # before a large one came
+    large = asked(pool, 500, "greedy")
+    await settled()
+    waiting = asked(pool, 10, "greedy")
+    await settled()
+    assert pool.waiting == 2
+    modest = asked(pool, 10, "modest")
+    await settled()
+    assert modest.done()
+    assert not waiting.done()
+    for share in greedy:
+        share.let_go()
+    (await modest).let_go()
+    await settled()
+    assert (await large).amount == 500
+    assert (await waiting).amount == 10
