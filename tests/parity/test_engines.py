@@ -35,7 +35,11 @@ CONVERSION_TIMEOUT_S = 600.0
 # rounding: torch's own float32 is up to 0.6 away from its float64 (RegNetY's 4e-5, and OpenVINO's 1.2e-4).
 REFUSED: Mapping[str, str] = {
     "detectron2/d2_regnety_4gf": "it differs from torch",
+    "detectron2/detrex_tvresnet50_dc5_notrain": "OpenVINO has no operator",
+    "detectron2/detrex_tvresnet50_train": "OpenVINO has no operator",
+    "openmmlab/mmdet-ResNet-50-dcn-fallback": "it differs from torch",
     "openmmlab/mmdet-ResNeXt-50-dcnv2": "it differs from torch",
+    "openmmlab/mmpretrain-SEResNeXt-50": "it differs from torch",
     "openmmlab/mmpretrain-T2T_ViT-14": "it differs from torch",
     "timm-torchvision/timm_levit_128": "it differs from torch",
 }

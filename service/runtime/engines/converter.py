@@ -43,6 +43,8 @@ from service.runtime.plan import SIZE_ERRORS, Plan, Planner
 
 CPU = torch.device("cpu")
 LOWEST_PRIORITY = 19
+# What differs on noise by a third of what is promised may differ by more than that on a photo.
+MARGIN = 0.3
 OUT_OF_MEMORY_SCORE = Path("/proc/self/oom_score_adj")
 TIMED_RUNS = 3
 # A run that takes this long tells enough by itself.
@@ -111,7 +113,7 @@ class _Trial:
         if errors is None:
             return f"torch takes no {size[0]}x{size[1]}"
         found = max(errors.values(), default=0.0)
-        if found <= TOLERANCES["float32"]:
+        if found <= TOLERANCES["float32"] * MARGIN:
             return ""
         node = next(node for node, error in errors.items() if error == found)
         by = f"differs from torch by {found:.1e}" if math.isfinite(found) else "gives nothing like torch's"
