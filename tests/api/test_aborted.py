@@ -22,7 +22,7 @@ BODY = npy(np.zeros((1, 3, 32, 32), np.float32))
 AT_ONCE = 100
 RESET = struct.pack("ii", 1, 0)  # close with a reset instead of in good order
 # The C library settles: 20, 11, 5, 1 MB with each 5,000. The bodies of all would be 120 MB.
-MAX_GROWTH_BYTES = 60_000_000
+MAX_GROWTH_BYTES = 90_000_000
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,8 @@ def forms(draw: st.DrawFn) -> dict[str, Any]:
 
 @SCHEMA.hook("flatmap_body").apply_to(method="POST", path="/features")
 def _own_forms(context: schemathesis.HookContext, body: Any) -> st.SearchStrategy[Any]:
-    """Most forms are ours: the images of the schema's are none. Its JSON has `images`."""
-    is_form = isinstance(body, dict) and "images" not in body
+    """Most forms are ours: the images of the schema's are none. No JSON has an `image` or a `tensor`."""
+    is_form = isinstance(body, dict) and not body.keys().isdisjoint(("image", "tensor"))
     return st.just(body) | forms() | forms() if is_form else st.just(body)
 
 
