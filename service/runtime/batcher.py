@@ -23,7 +23,7 @@ from service.errors import DeadlineExceeded, Draining, QueueFull, ServiceError
 from service.runtime.batch_sizes import BatchSizes
 from service.runtime.rates import DrainRate, retry_after
 from service.runtime.threads import contained
-from service.runtime.waiting import Flow, Job, Place, Turn, Waiting, WaitingJobs
+from service.runtime.waiting import Flow, Job, Place, Turn, Waiting, WaitingJobs, count_images
 
 __all__ = ["Batcher", "Job", "Pace"]
 
@@ -260,7 +260,7 @@ class Batcher(Generic[P, R]):
         now = self._clock()
         first_jobs = islice(flow.groups[flow.next_group].values(), self.sizes.max_batch)
         slow = [job for job in first_jobs if now + self._proven_seconds(job) > job.deadline]
-        if not slow or _images(slow) == self._waiting.images:
+        if not slow or count_images(slow) == self._waiting.images:
             return []
         for job in slow:
             self._waiting.discard(job.place, job.future)
@@ -312,7 +312,7 @@ class Batcher(Generic[P, R]):
         results: Sequence[R | BaseException],
     ) -> float:
         """Free the lane, and take note of the seconds that the batch took."""
-        images, failed = _images(jobs), all(isinstance(result, BaseException) for result in results)
+        images, failed = count_images(jobs), all(isinstance(result, BaseException) for result in results)
         with self._changed:
             now = self._clock()
             seconds = now - batch.started
@@ -341,10 +341,6 @@ class Batcher(Generic[P, R]):
         _refuse(waiting, _draining)
         for lane in self._lanes:
             lane.thread.join()
-
-
-def _images(jobs: Iterable[Job[P, R]]) -> int:
-    return sum(job.images for job in jobs)
 
 
 def _too_late() -> DeadlineExceeded:

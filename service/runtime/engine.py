@@ -140,10 +140,9 @@ class Engine:
         identity = network_id(plan.key, weights)
         if not self.networks.holds(identity):
             on_new()
-        fetch_began = time.perf_counter()
+        fetch_ms = 0.0
         if urls:
-            query = await self._with_images(query, urls, deadline)
-        fetch_ms = (time.perf_counter() - fetch_began) * 1000 if urls else 0.0
+            query, fetch_ms = await self._with_images(query, urls, deadline)
         parts = (query, plan, identity, neck_weights, extra)
         is_small = query.bytes <= MAX_DIGESTED_AT_ONCE
         codecs = self._codecs.of(query.client)
@@ -165,15 +164,18 @@ class Engine:
 
     async def _with_images(
         self, query: FeatureQuery, urls: Mapping[int, ImageUrl], deadline: Deadline
-    ) -> FeatureQuery:
-        """The query with the images behind its URLs, which come last: a config that cannot be served fetches none."""
+    ) -> tuple[FeatureQuery, float]:
+        """The query with the images behind its URLs, and the milliseconds that they took.
+
+        They come last: a config that cannot be served fetches none.
+        """
         assert self._remote_images is not None
         clock = _Clock()
         async with until(deadline):
             fetched = await self._remote_images.fetch(urls, self.settings.max_body_bytes - query.bytes)
         clock.lap("fetch")
         images = tuple(fetched.get(index, image) for index, image in enumerate(query.images))
-        return replace(query, images=images)
+        return replace(query, images=images), clock.seconds["fetch"] * 1000
 
     def _known(self, query: FeatureQuery) -> Plan | None:
         """The plan of a config that was resolved before and depends on no file."""

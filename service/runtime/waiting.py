@@ -125,7 +125,7 @@ class Turn(Generic[P, R]):
     @property
     def images(self) -> int:
         """Images of all jobs."""
-        return sum(job.images for job in self.jobs)
+        return count_images(self.jobs)
 
 
 class WaitingJobs(Generic[P, R]):
@@ -260,9 +260,9 @@ class WaitingJobs(Generic[P, R]):
         jobs: list[Job[P, R]] = []
         shares = []
         for party, other in self._alike(flow, group):
-            taken = _fitting(other.groups[group].values(), limit - _images(jobs), at_least_one=not jobs)
+            taken = _fitting(other.groups[group].values(), limit - count_images(jobs), at_least_one=not jobs)
             if taken:
-                shares.append((party, other, _images(taken)))
+                shares.append((party, other, count_images(taken)))
                 jobs += taken
                 for job in taken:
                     self._remove(party, other, job)
@@ -272,7 +272,7 @@ class WaitingJobs(Generic[P, R]):
         """A flow, then those of other clients for the same model that have jobs of a group, by turns."""
         own = self._parties.active[flow.place.client]
         found = [(own, flow)]
-        if self._group_images[group, flow.place.concurrent] == _images(flow.groups[group].values()):
+        if self._group_images[group, flow.place.concurrent] == count_images(flow.groups[group].values()):
             return found
         for party in self._parties.in_order():
             place = Place(party.client, flow.place.model, flow.place.concurrent)
@@ -322,5 +322,6 @@ def _fitting(jobs: Iterable[Job[P, R]], limit: int, *, at_least_one: bool) -> li
     return taken
 
 
-def _images(jobs: Iterable[Job[P, R]]) -> int:
+def count_images(jobs: Iterable[Job[P, R]]) -> int:
+    """Images of all jobs."""
     return sum(job.images for job in jobs)
