@@ -10,31 +10,37 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import multiprocessing
+import os
 import random
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
+
+import httpx
+import uvloop
 
 from benchmarks.images import normalised_batch, photo, photos
 from benchmarks.jobs import JOBS
-from benchmarks.load import percentile
+from benchmarks.load import tree_cpu_s
 from benchmarks.processes import Launch, Server, running
 from benchmarks.soak.exchange import CUT_OFF, Tally
-from benchmarks.soak.hostile import PROMISED, with_header
+from benchmarks.soak.honest import PROGRESS_EVERY_S, honest_clients, latencies
+from benchmarks.soak.hostile import PROMISED, with_key
+from benchmarks.soak.keys import KEYS
 from benchmarks.soak.traffic import Traffic
 from benchmarks.wire import raw_message
 
-KEYS = {who: f"{who}-key-{'0' * 32}" for who in ("honest", "greedy", "hostile", "admin")}
-HONEST_CLIENTS = 4
-HONEST_EVERY_S = 0.5
 HOSTILE_CLIENTS = 6
 DRIBBLING_CLIENTS = 10
 SAMPLE_EVERY_S = 5.0
+MAX_WARM_PHASES, MAX_SECONDS_IDLE = 10, 15
 SETTLED_AFTER_S = 600.0
 
 
@@ -60,7 +66,7 @@ def main() -> int:
         running(_launch(options.setting, folder), Path(folder)) as server,
     ):
         server.wait_until_up()
-        return asyncio.run(_soak(server, options))
+        return uvloop.run(_soak(server, options))
 
 
 def _launch(settings: Sequence[str], folder: str) -> Callable[[int], Launch]:
@@ -81,7 +87,7 @@ def _launch(settings: Sequence[str], folder: str) -> Callable[[int], Launch]:
 
 
 def _mixed() -> Callable[[], bytes]:
-    """Honest work of all kinds: small and large models and images, vectors and maps."""
+    """Greedy work of all kinds: small and large models and images, vectors and maps."""
     images = photos(16)
     large = photo((4000, 3000))
     tensor = raw_message(
@@ -91,62 +97,75 @@ def _mixed() -> Callable[[], bytes]:
         "application/x-npy",
         "application/json",
     )
-    kinds: list[tuple[float, Callable[[], bytes]]] = [
-        (6, lambda: JOBS["J1"].service_message(random.choice(images))),
-        (2, lambda: JOBS["J2"].service_message(random.choice(images))),
-        (6, lambda: JOBS["J3"].service_message(random.choice(images))),
-        (0.5, lambda: JOBS["J1"].service_message(large)),
-        (0.5, lambda: tensor),
+    kinds: list[tuple[float, list[bytes]]] = [
+        (6, [JOBS["J1"].service_message(image) for image in images]),
+        (2, [JOBS["J2"].service_message(image) for image in images]),
+        (6, [JOBS["J3"].service_message(image) for image in images]),
+        (0.5, [JOBS["J1"].service_message(large)]),
+        (0.5, [tensor]),
     ]
     weights = [weight for weight, _ in kinds]
-
-    def one() -> bytes:
-        _, make = random.choices(kinds, weights)[0]
-        return make()
-
-    return one
-
-
-def _vector_of(images: Sequence[bytes]) -> bytes:
-    return JOBS["J1"].service_message(random.choice(images))
-
-
-def _as(who: str, message: Callable[[], bytes]) -> Callable[[], bytes]:
-    return lambda: with_header(message(), "X-API-Key", KEYS[who])
+    messages = [[with_key(message, KEYS["greedy"]) for message in made] for _, made in kinds]
+    return lambda: random.choice(random.choices(messages, weights)[0])
 
 
 async def _soak(server: Server, options: argparse.Namespace) -> int:
-    images = photos(16)
-    job = partial(_vector_of, images)
-    honest = _as("honest", job)
-    mixed = _as("greedy", _mixed())
-    await _phase(server, 15.0, lambda traffic: [traffic.busy("warm", mixed) for _ in range(4)])
-    alone, _ = await _phase(server, options.alone, lambda traffic: _honest(traffic, honest))
-    capacity, _ = await _phase(
-        server, options.capacity, lambda traffic: [traffic.busy("capacity", mixed) for _ in range(8)]
-    )
-    per_second = len(capacity["capacity"].latencies_s) / options.capacity
-    rate = per_second * options.times
-    print(f"capacity {per_second:.1f}/s of mixed work; the load is {rate:.1f}/s", flush=True)
+    loop = asyncio.get_running_loop()
+    mixed = _mixed()
+    hostile_job = with_key(JOBS["J1"].service_message(photo()), KEYS["hostile"])
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as honest_process:
 
-    def everybody(traffic: Traffic) -> list[object]:
-        return [
-            *_honest(traffic, honest),
-            traffic.greedy("greedy", mixed, rate),
-            *(traffic.hostile(KEYS["hostile"], 0.2) for _ in range(HOSTILE_CLIENTS)),
-            *(traffic.dribble(_as("hostile", job)()) for _ in range(DRIBBLING_CLIENTS)),
-        ]
+        def honest(seconds: float) -> asyncio.Future[Tally]:
+            return loop.run_in_executor(honest_process, honest_clients, server.port, seconds)
 
-    under_load, samples = await _phase(server, options.minutes * 60, everybody)
-    return _report(alone["honest"], under_load, samples)
+        await _warm(server, mixed)
+        alone = await honest(options.alone)
+        capacity, _ = await _phase(
+            server, options.capacity, lambda traffic: [traffic.busy("capacity", mixed) for _ in range(8)]
+        )
+        per_second = len(capacity["capacity"].latencies_s) / options.capacity
+        rate = per_second * options.times
+        print(f"capacity {per_second:.1f}/s of mixed work; the load is {rate:.1f}/s", flush=True)
+        spent_s = -tree_cpu_s(os.getpid()) + tree_cpu_s(server.pid)
+        loaded = honest(options.minutes * 60)
+        others, samples = await _phase(
+            server,
+            options.minutes * 60,
+            lambda traffic: [
+                traffic.greedy("greedy", mixed, rate),
+                *(traffic.hostile(KEYS["hostile"], 0.2) for _ in range(HOSTILE_CLIENTS)),
+                *(traffic.dribble(hostile_job) for _ in range(DRIBBLING_CLIENTS)),
+            ],
+        )
+        tallies = {**others, "honest": await loaded}
+        spent_s += tree_cpu_s(os.getpid()) - tree_cpu_s(server.pid)
+        print(f"the senders took {spent_s / (options.minutes * 60):.2f} of {os.cpu_count()} cores")
+        return _report(alone, tallies, samples)
 
 
-def _honest(traffic: Traffic, message: Callable[[], bytes]) -> list[object]:
-    return [traffic.paced("honest", message, HONEST_EVERY_S) for _ in range(HONEST_CLIENTS)]
+async def _warm(server: Server, mixed: Callable[[], bytes]) -> None:
+    """Let a few clients send until every model is on its engine: conversion is no load of anybody's."""
+    async with httpx.AsyncClient(headers={"X-API-Key": KEYS["admin"]}) as client:
+        for _ in range(MAX_WARM_PHASES):
+            await _phase(server, 5.0, lambda traffic: [traffic.busy("warm", mixed) for _ in range(4)])
+            states = await _promotions(server, client)
+            for _ in range(MAX_SECONDS_IDLE):  # conversion has the lowest priority: let it have the cores
+                if not states & {"converting", "comparing"}:
+                    break
+                await asyncio.sleep(1.0)
+                states = await _promotions(server, client)
+            if states <= {"promoted", "stays"}:
+                return
+    print(f"not every model is on its engine yet: {', '.join(sorted(states))}", flush=True)
+
+
+async def _promotions(server: Server, client: httpx.AsyncClient) -> set[str]:
+    reply = await client.get(f"http://127.0.0.1:{server.port}/models")
+    return {model["promotion"]["state"] for model in reply.json()["models"]}
 
 
 async def _phase(
-    server: Server, seconds: float, senders: Callable[[Traffic], Sequence[object]]
+    server: Server, seconds: float, senders: Callable[[Traffic], Sequence[Coroutine[Any, Any, None]]]
 ) -> tuple[Mapping[str, Tally], list[Sample]]:
     """Let senders send for so long; memory is looked at meanwhile."""
     started = time.monotonic()
@@ -156,18 +175,17 @@ async def _phase(
     async def watch() -> None:
         while traffic.goes_on:
             samples.append(Sample(time.monotonic() - started, await asyncio.to_thread(server.memory_bytes)))
-            _progress(samples, traffic)
+            _progress(samples)
             await asyncio.sleep(SAMPLE_EVERY_S)
 
-    await asyncio.gather(watch(), *senders(traffic))  # type: ignore[call-overload]  # coroutines of None, all
+    await asyncio.gather(watch(), *senders(traffic))
     return traffic.tallies, samples
 
 
-def _progress(samples: Sequence[Sample], traffic: Traffic) -> None:
-    if len(samples) % 12 == 0:
-        last, honest = samples[-1], traffic.tallies["honest"].latencies_s[-200:]
-        p99 = f", honest p99 {percentile(honest, 99) * 1000:.0f} ms" if honest else ""
-        print(f"{last.at_s / 60:5.1f} min: {last.bytes / 2**20:,.0f} MB{p99}", flush=True)
+def _progress(samples: Sequence[Sample]) -> None:
+    if len(samples) % (PROGRESS_EVERY_S // SAMPLE_EVERY_S) == 0:
+        last = samples[-1]
+        print(f"{last.at_s / 60:5.1f} min: {last.bytes / 2**20:,.0f} MB", flush=True)
 
 
 def _report(alone: Tally, loaded: Mapping[str, Tally], samples: Sequence[Sample]) -> int:
@@ -178,7 +196,11 @@ def _report(alone: Tally, loaded: Mapping[str, Tally], samples: Sequence[Sample]
             f"{status or 'closed'}: {count}" for status, count in sorted(tally.statuses.items())
         )
         print(f"| {name} | {tally.statuses.total():,} | {by_status} |")
-    print(f"\nhonest clients, ms: alone {_latencies(alone)}; under load {_latencies(honest)}")
+    print(
+        f"\nhonest clients, ms: alone {latencies(alone.latencies_s)}; under load {latencies(honest.latencies_s)}"
+    )
+    for seconds, at_s, stages in honest.slowest:
+        print(f"  {seconds * 1000:6.0f} ms, {at_s:.0f} s in: {stages}")
     settled = [sample for sample in samples if sample.at_s >= min(SETTLED_AFTER_S, samples[-1].at_s / 2)]
     sizes = [sample.bytes / 2**20 for sample in settled]
     print(
@@ -188,14 +210,9 @@ def _report(alone: Tally, loaded: Mapping[str, Tally], samples: Sequence[Sample]
     return _verdict(honest, loaded)
 
 
-def _latencies(tally: Tally) -> str:
-    found = [seconds * 1000 for seconds in tally.latencies_s]
-    return f"p50 {percentile(found, 50):.0f}, p99 {percentile(found, 99):.0f} of {len(found):,}"
-
-
 def _verdict(honest: Tally, loaded: Mapping[str, Tally]) -> int:
     every = sum((tally.statuses for tally in loaded.values()), Counter[int]())
-    unpromised = {status for status in every if status not in PROMISED and status != CUT_OFF}
+    unpromised = {status for status in every if status not in PROMISED and status != CUT_OFF.status}
     unanswered = {status: count for status, count in honest.statuses.items() if status != 200}
     if unpromised:
         print(f"not promised: {sorted(unpromised)}")

@@ -8,26 +8,45 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
+from heapq import nlargest
 
 import httptools
 
-CUT_OFF = 0
 PATIENCE_S = 90.0
+SLOWEST_KEPT = 8
 READ_BYTES = 1 << 18
 
 
 @dataclass
 class Tally:
-    """What one kind of sender met: replies by status, and seconds of those that were answered with 200."""
+    """What one kind of sender met: replies by status, seconds of those that were answered with 200, and of the
+    slowest of them when they came and what the server says of its stages.
+    """
 
     statuses: Counter[int] = field(default_factory=Counter)
     latencies_s: list[float] = field(default_factory=list)
+    slowest: list[tuple[float, float, str]] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
 
-    def note(self, status: int, seconds: float) -> None:
-        """Count one reply; status 0 is a connection that was closed without one."""
-        self.statuses[status] += 1
-        if status == 200:
+    def note(self, answer: Answer, seconds: float) -> None:
+        """Count one reply."""
+        self.statuses[answer.status] += 1
+        if answer.status == 200:
             self.latencies_s.append(seconds)
+            self.slowest = nlargest(
+                SLOWEST_KEPT, [*self.slowest, (seconds, time.monotonic() - self.began, answer.stages)]
+            )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The status of a reply, 0 for a connection that was closed without one; and its `Server-Timing`."""
+
+    status: int
+    stages: str = ""
+
+
+CUT_OFF = Answer(0)
 
 
 class _Reply:
@@ -36,6 +55,12 @@ class _Reply:
     def __init__(self) -> None:
         self.parser = httptools.HttpResponseParser(self)
         self.is_complete = False
+        self.stages = ""
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Called by the parser."""
+        if name.lower() == b"server-timing":
+            self.stages = value.decode("latin-1")
 
     def on_message_complete(self) -> None:
         """Called by the parser."""
@@ -49,8 +74,8 @@ class Connection:
         self._port = port
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
-    async def ask(self, message: bytes) -> int:
-        """The status of the reply, `CUT_OFF` where none came."""
+    async def ask(self, message: bytes) -> Answer:
+        """What was replied, `CUT_OFF` where nothing was."""
         try:
             async with asyncio.timeout(PATIENCE_S):
                 return await self._ask(message)
@@ -58,16 +83,16 @@ class Connection:
             self.close()
             return CUT_OFF
 
-    async def _ask(self, message: bytes) -> int:
+    async def _ask(self, message: bytes) -> Answer:
         if self._streams is None:
             self._streams = await asyncio.open_connection("127.0.0.1", self._port)
         reader, writer = self._streams
         writer.write(message)
         with suppress(ConnectionError):  # a refusal may be there although not all was taken
             await writer.drain()
-        return await self._status(reader)
+        return await self._answer(reader)
 
-    async def _status(self, reader: asyncio.StreamReader) -> int:
+    async def _answer(self, reader: asyncio.StreamReader) -> Answer:
         reply = _Reply()
         while not reply.is_complete:
             data = await reader.read(READ_BYTES)
@@ -77,7 +102,7 @@ class Connection:
             reply.parser.feed_data(data)
         if not reply.parser.should_keep_alive():
             self.close()
-        return int(reply.parser.get_status_code())
+        return Answer(int(reply.parser.get_status_code()), reply.stages)
 
     def close(self) -> None:
         """Close it at once, read or not."""
@@ -87,13 +112,13 @@ class Connection:
 
 
 @contextmanager
-def timed(tally: Tally) -> Iterator[list[int]]:
-    """Note the status that is put into the list."""
+def timed(tally: Tally) -> Iterator[list[Answer]]:
+    """Note the answer that is put into the list."""
     started = time.perf_counter()
-    statuses: list[int] = []
-    yield statuses
-    for status in statuses:
-        tally.note(status, time.perf_counter() - started)
+    answers: list[Answer] = []
+    yield answers
+    for answer in answers:
+        tally.note(answer, time.perf_counter() - started)
 
 
 @asynccontextmanager

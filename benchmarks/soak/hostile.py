@@ -9,6 +9,7 @@ import random
 import struct
 import zlib
 from collections.abc import Callable, Mapping
+from functools import cache
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from benchmarks.wire import json_message, multipart_message, raw_message
 JPEG = "image/jpeg"
 JSON = "application/json"
 PHOTO = photo()
+LARGE_PHOTO = photo((3000, 2000))
 PROMISED = frozenset(
     (200, 304, 400, 401, 403, 404, 405, 406, 408, 413, 414, 415, 422, 429, 431, 502, 503, 504)
 )
@@ -40,6 +42,11 @@ def with_header(message: bytes, name: str, value: str) -> bytes:
     return b"\r\n".join([line, f"{name}: {value}".encode(), rest])
 
 
+def with_key(message: bytes, key: str) -> bytes:
+    """A request that says whose it is."""
+    return with_header(message, "X-API-Key", key)
+
+
 def _png_bomb() -> bytes:
     """A PNG whose header says 60,000 x 60,000 pixels."""
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
@@ -56,6 +63,7 @@ def _npy(array: np.ndarray) -> bytes:
     return sink.getvalue()
 
 
+@cache
 def _chunked_without_end() -> bytes:
     head = raw_message("/features", {"backbone": TEXT}, b"", JPEG, JSON)
     head = head.replace(b"content-length: 0", b"transfer-encoding: chunked").replace(
@@ -105,7 +113,7 @@ HOSTILE: Mapping[str, Callable[[], bytes]] = {
     "body without end": _chunked_without_end,
     "ten gigabytes promised": lambda: _declared(10**10),
     "a reply beyond the limit": lambda: _raw(
-        photo((3000, 2000)),
+        LARGE_PHOTO,
         json.dumps({"type": "ResNet", "depth": 18, "out_indices": [0, 1, 2, 3]}),
         preprocess='{"mode": "native"}',
         **{"return": "tensors"},

@@ -10,8 +10,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from benchmarks.soak.exchange import Connection, Tally, connected, timed
-from benchmarks.soak.hostile import ABANDONED, HOSTILE, with_header
+from benchmarks.soak.exchange import CUT_OFF, Answer, Connection, Tally, connected, timed
+from benchmarks.soak.hostile import ABANDONED, HOSTILE, with_key
 
 MAX_OUTSTANDING = 400
 ABANDON_AFTER_S = 0.2
@@ -35,8 +35,8 @@ class Traffic:
         async with connected(self.port) as connection:
             while self.goes_on:
                 started = time.monotonic()
-                with timed(self.tallies[name]) as statuses:
-                    statuses.append(await connection.ask(message()))
+                with timed(self.tallies[name]) as answers:
+                    answers.append(await connection.ask(message()))
                 await asyncio.sleep(max(0.0, started + every_s - time.monotonic()))
 
     async def busy(self, name: str, message: Callable[[], bytes]) -> None:
@@ -61,15 +61,15 @@ class Traffic:
 
     async def _one(self, name: str, message: bytes, idle: list[Connection]) -> None:
         connection = idle.pop() if idle else Connection(self.port)
-        with timed(self.tallies[name]) as statuses:
-            statuses.append(await connection.ask(message))
+        with timed(self.tallies[name]) as answers:
+            answers.append(await connection.ask(message))
         idle.append(connection)
 
     async def hostile(self, key: str, every_s: float) -> None:
         """One hostile client after the other, each with a connection of its own."""
         while self.goes_on:
             name, make = random.choice([*HOSTILE.items(), *ABANDONED.items()])
-            message = make() if name == "wrong key" else with_header(make(), "X-API-Key", key)
+            message = make() if name == "wrong key" else with_key(make(), key)
             await (
                 self._abandon(message) if name in ABANDONED else self._ask_once(f"hostile: {name}", message)
             )
@@ -77,8 +77,8 @@ class Traffic:
 
     async def _ask_once(self, name: str, message: bytes) -> None:
         async with connected(self.port) as connection:
-            with timed(self.tallies[name]) as statuses:
-                statuses.append(await connection.ask(message))
+            with timed(self.tallies[name]) as answers:
+                answers.append(await connection.ask(message))
 
     async def _abandon(self, message: bytes) -> None:
         async with connected(self.port) as connection:
@@ -89,10 +89,10 @@ class Traffic:
     async def dribble(self, message: bytes) -> None:
         """A client that sends its request byte by byte."""
         while self.goes_on:
-            with timed(self.tallies["hostile: a byte at a time"]) as statuses:
-                statuses.append(await self._dribbled(message))
+            with timed(self.tallies["hostile: a byte at a time"]) as answers:
+                answers.append(await self._dribbled(message))
 
-    async def _dribbled(self, message: bytes) -> int:
+    async def _dribbled(self, message: bytes) -> Answer:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         try:
             head, _, body = message.partition(b"\r\n\r\n")
@@ -104,10 +104,10 @@ class Traffic:
                 if done or not self.goes_on:
                     line = answered.result() if done else b""
                     answered.cancel()
-                    return int(line.split()[1]) if line else 0
+                    return Answer(int(line.split()[1])) if line else CUT_OFF
                 answered.cancel()
         except OSError:
             pass
         finally:
             writer.transport.abort()
-        return 0
+        return CUT_OFF
