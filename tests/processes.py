@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import psutil
 
 ROOT = Path(__file__).parent.parent
 COMMAND = str(Path(sys.executable).parent / "backbone-service")
+DEADLINE_S = 60.0
 
 
 def environment(**given: str) -> dict[str, str]:
@@ -27,6 +29,14 @@ def environment(**given: str) -> dict[str, str]:
         "BACKBONE_ENGINE": "torch",
         **given,
     }
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """For what another process does and does not say."""
+    ends = time.monotonic() + DEADLINE_S
+    while not holds():
+        assert time.monotonic() < ends
+        os.sched_yield()
 
 
 class Process:

@@ -13,13 +13,21 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from service.errors import OutOfMemory, QueueFull, ServiceError, UnknownModel
 from service.runtime.shares import Share, Shares
 from service.runtime.threads import on_thread_holding
 
-M = TypeVar("M")
+
+class Closable(Protocol):
+    """What is kept here."""
+
+    def close(self) -> None:
+        """Let go of the memory it holds: it left, and nobody has a lease of it."""
+
+
+M = TypeVar("M", bound=Closable)
 # Loads that may wait for their turn.
 MAX_WAITING_LOADS = 64
 
@@ -68,7 +76,7 @@ class ModelCache(Generic[M]):
         budget_bytes: what all models together may take; a load that is under way counts with what it needs.
         min_residency_s: a model younger than this is not evicted; a load waits for it instead.
         executor: where `build` runs; one thread makes loads take turns.
-        released: called after a model was dropped, to give its memory back to the system.
+        released: called after a model was closed and dropped, to give its memory back to the system.
     """
 
     def __init__(
@@ -260,10 +268,10 @@ class ModelCache(Generic[M]):
         """Drop every model that nobody uses, however young: memory is short. Says whether there was any."""
         idle = self._idle()
         for entry in idle:
-            del self._entries[entry.key], entry.model
+            del self._entries[entry.key]
+            self._forget(entry)
         self.evictions += len(idle)
         if idle:
-            self._released()
             self._changed.set()
         return bool(idle)
 
@@ -275,6 +283,7 @@ class ModelCache(Generic[M]):
             return  # a model came of age; look again
 
     def _forget(self, entry: Entry[M]) -> None:
+        entry.model.close()
         del entry.model
         self._released()
 

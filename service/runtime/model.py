@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from service.necks.base import Neck
 from service.runtime.engines.base import BackboneEngine
 from service.runtime.engines.inductor import InductorEngine
 from service.runtime.engines.samples import Samples
-from service.runtime.engines.torch_engine import TorchEngine, module_bytes
+from service.runtime.engines.torch_engine import TorchEngine, drop_weights, module_bytes
 from service.runtime.plan import NeckPlan, Plan
 
 ID_LENGTH = 20
@@ -29,7 +30,7 @@ N = TypeVar("N", bound=nn.Module)
 
 
 @dataclass
-class LoadedNetwork:
+class LoadedNetwork(ABC):
     """A network in memory. `id` is a digest of its architecture and its weights; `bytes` counts both."""
 
     id: str
@@ -39,12 +40,20 @@ class LoadedNetwork:
     checkpoint: CheckpointFile | None
     keys: LoadedKeys
 
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of its memory. It must not be run any more."""
+
 
 @dataclass
 class LoadedNeck(LoadedNetwork):
     """A neck in memory; it may stand behind any backbone that gives the same levels."""
 
     neck: Neck
+
+    def close(self) -> None:
+        """As `LoadedNetwork.close`."""
+        drop_weights(self.neck)
 
 
 @dataclass
@@ -59,6 +68,10 @@ class LoadedModel(LoadedNetwork):
     engine: BackboneEngine
     samples: Samples | None = None
     compiled: InductorEngine | None = None
+
+    def close(self) -> None:
+        """As `LoadedNetwork.close`."""
+        self.engine.close()
 
     @property
     def held_bytes(self) -> int:

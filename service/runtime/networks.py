@@ -15,7 +15,7 @@ from service.errors import ModelLoading, UnknownModel
 from service.metrics import Metrics
 from service.runtime.cache import Entry, ModelCache
 from service.runtime.compilation import Compilations
-from service.runtime.device import budget_bytes, return_freed_memory
+from service.runtime.device import MemoryReturner, budget_bytes, return_freed_memory
 from service.runtime.engines.inductor import Shape
 from service.runtime.model import (
     LoadedModel,
@@ -50,11 +50,12 @@ class Networks:
         self._metrics = metrics
         self._loader = ThreadPoolExecutor(1, "loader")
         self._loads: dict[str, dict[str, Any]] = {}
+        self._returner = MemoryReturner(device)
         self.cache: ModelCache[LoadedNetwork] = ModelCache(
             budget_bytes=budget_bytes(settings.model_budget, device),
             min_residency_s=settings.min_residency,
             executor=self._loader,
-            released=lambda: return_freed_memory(device),
+            released=self._returner.ask,
             wait_s=settings.request_timeout,
         )
         self.promotions = Promotions.of(settings, device, self.cache, metrics)
@@ -188,8 +189,8 @@ class Networks:
 
     def evict_idle(self) -> None:
         """Drop what nobody uses and give its memory back; what the device keeps for itself too."""
-        if not self.cache.evict_idle():
-            return_freed_memory(self._device)
+        self.cache.evict_idle()
+        return_freed_memory(self._device)
 
     def unload(self, network_id: str) -> bool:
         """Take a network out, whatever it runs on; True if it is gone at once, False if it goes with its last user.
@@ -226,6 +227,7 @@ class Networks:
         if self.compilations is not None:
             await self.compilations.stop()
         self._loader.shutdown(wait=False, cancel_futures=True)
+        self._returner.stop()
 
 
 def _target(prepared: Prepared, size: tuple[int, int]) -> Target:

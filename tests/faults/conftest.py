@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.checkpoints.conftest import remote  # noqa: F401 - a fixture of theirs
-
-DEADLINE_S = 60.0
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    """For what another process does and does not say."""
-    ends = time.monotonic() + DEADLINE_S
-    while not holds():
-        assert time.monotonic() < ends
-        os.sched_yield()
 
 
 class SmallDisk:

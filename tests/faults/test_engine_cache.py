@@ -16,8 +16,8 @@ from service.runtime.engines.artefacts import ArtefactStore, Facts
 from service.runtime.engines.base import FIRST_REQUESTS
 from tests.conftest import RunningService, Serve, multipart, settings_for
 from tests.engines.test_promotion import SMALL, ask, distance, entry_of, images, maps, promote
-from tests.faults.conftest import DEADLINE_S, SmallDisk, wait_until
-from tests.processes import Start
+from tests.faults.conftest import SmallDisk
+from tests.processes import DEADLINE_S, Start, wait_until
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed on this machine")
 

@@ -16,8 +16,8 @@ from tests.api.problems import assert_problem
 from tests.checkpoints.conftest import Remote
 from tests.checkpoints.test_weights_over_http import IMAGES, TINY, weights_of
 from tests.conftest import Serve, multipart
-from tests.faults.conftest import SmallDisk, wait_until
-from tests.processes import COMMAND, Process, Start, environment
+from tests.faults.conftest import SmallDisk
+from tests.processes import COMMAND, Process, Start, environment, wait_until
 
 PARTS = multipart(TINY, tensor=IMAGES)
 CONNECTIONS = 40

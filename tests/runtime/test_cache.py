@@ -20,6 +20,9 @@ from service.runtime.threads import ThreadEnded
 class Model:
     """Something that can be watched going away."""
 
+    def close(self) -> None:
+        """As the cache asks of what it keeps."""
+
 
 @pytest.fixture
 def executor() -> Iterator[ThreadPoolExecutor]:

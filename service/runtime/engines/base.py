@@ -61,6 +61,10 @@ class BackboneEngine(ABC):
         """
 
     @abstractmethod
+    def close(self) -> None:
+        """Let go of the weights. It must not be run any more."""
+
+    @abstractmethod
     def needs_missing(self, node: str) -> Sequence[str]:
         """The weights that a feature depends on and the checkpoint has not; empty where all are there."""
 

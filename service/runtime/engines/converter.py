@@ -338,6 +338,7 @@ def main() -> None:
     planner = Planner(backbone_registry(), neck_registry(), ConfigCatalogue(Path()))
     for line in _orders():
         answers.write(answer(line, planner, device).to_json() + b"\n")
+        gc.collect()
         return_freed_memory(CPU)
 
 

@@ -147,6 +147,12 @@ class InductorEngine(BackboneEngine):
             graphs = sum(batch.bytes for batches in self._ready.values() for batch in batches.values())
         return self._torch.bytes + graphs
 
+    def close(self) -> None:
+        """As `BackboneEngine.close`; its module's weights with its graphs."""
+        with self._lock:
+            self._ready.clear()
+        self._torch.close()
+
     def needs_missing(self, node: str) -> Sequence[str]:
         """As `BackboneEngine.needs_missing`."""
         return self._torch.needs_missing(node)

@@ -272,6 +272,9 @@ class OpenVINOEngine(BackboneEngine):
         arrays = variant.run(np.require(np.asarray(images), requirements=["C", "W"]))
         return {node: torch.from_numpy(array) for node, array in zip(given, arrays, strict=True)}
 
+    def close(self) -> None:
+        """As `BackboneEngine.close`: nothing of it is part of a cycle, so that its memory goes with it."""
+
     def needs_missing(self, node: str) -> Sequence[str]:
         """As `BackboneEngine.needs_missing`."""
         return self._missing.get(node, ())

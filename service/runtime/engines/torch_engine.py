@@ -53,9 +53,24 @@ class TorchEngine(BackboneEngine):
         self.gains_by_threads &= time.perf_counter() - started > SMALL_NETWORK_S
         return {node: feature.float() for node, feature in found.items()}
 
+    def close(self) -> None:
+        """As `BackboneEngine.close`."""
+        drop_weights(self.backbone)
+
     def needs_missing(self, node: str) -> Sequence[str]:
         """As `BackboneEngine.needs_missing`, in alphabetical order."""
         return sorted(self._missing & self.backbone.needs(node)) if self._missing else ()
+
+
+def drop_weights(module: nn.Module) -> None:
+    """Free the weights of a module at once, whoever still has it.
+
+    Some modules are part of a cycle (all of torchvision's, which are graphs; some of timm's keep methods of their own),
+    and would stay until Python looks for cycles, which stops every thread for a fifth of a second.
+    """
+    for part in module.modules():
+        part._parameters.clear()  # noqa: SLF001 - there is no public way to take a parameter out without its name
+        part._buffers.clear()  # noqa: SLF001
 
 
 def module_bytes(module: nn.Module) -> int:
