@@ -6,12 +6,12 @@ Importing torch and what stands on it takes seconds. It happens on a thread of i
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from service.api.draining import Drain, draining
+from service.collector import importing, set_imports_aside
 from service.errors import CannotStart, Starting, Unavailable
 from service.metrics import Metrics
 from service.runtime.threads import Deadline
@@ -117,24 +117,16 @@ class Startup:
 
 
 def _import_engine() -> type[Engine]:
-    """Import everything that is slow to import; there is no garbage meanwhile, and to look for it takes time."""
-    gc.disable()
-    try:
+    """Import everything that is slow to import."""
+    with importing():
         from service.runtime.torch_libraries import load_torch_libraries
 
         load_torch_libraries()
         from service.runtime.engine import Engine
-    finally:
-        gc.enable()
     return Engine
 
 
 def _make_engine(imported: Future[type[Engine]], settings: Settings, metrics: Metrics) -> Engine:
-    """The engine; what is in memory then stays, and the garbage collector does not look at it again.
-
-    A full collection would walk over all that torch and its libraries have made: a quarter of a second, every few
-    thousand requests, in which nobody is answered.
-    """
     engine = imported.result()(settings, metrics)
-    gc.freeze()
+    set_imports_aside()
     return engine
