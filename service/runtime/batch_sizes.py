@@ -2,7 +2,7 @@
 
 On a GPU a batch costs hardly more than one image; on a CPU a large network gains nothing from company, and whoever
 came first waits for the rest. So the size is measured: it starts at one, is doubled when that many wait, and stays
-doubled if an image became clearly cheaper.
+doubled if an image became clearly cheaper; much cheaper, where the batch becomes a long one.
 """
 
 from __future__ import annotations
@@ -12,8 +12,12 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-CLEARLY_CHEAPER = 0.95  # of the seconds an image takes at half the size
+# What an image may take, of the seconds that it takes at half the size, for a size to be taken.
+CLEARLY_CHEAPER = 0.95
 MUCH_CHEAPER = 0.8  # one batch is proof enough
+# Whoever comes next waits for a long batch, and on a busy machine chance alone makes one size seem cheaper.
+LONG_S = 0.05
+WORTH_LENGTH, WORTH_LENGTH_AT_ONCE, STILL_WORTH_LENGTH = 0.8, 0.6, 0.9
 BATCHES_OF_A_TRIAL = 3
 BATCHES_BETWEEN_TRIALS = 128
 LONGEST_BETWEEN_TRIALS = 1024
@@ -43,8 +47,9 @@ class _Cost:
 
 @dataclass
 class _Learned:
-    """What is known of one group; `best` and the keys of `costs` are positions in the table of sizes."""
+    """What is known of one group; `best` and the keys of `costs` are positions in the table of `sizes`."""
 
+    sizes: tuple[int, ...]
     costs: dict[int, _Cost] = field(default_factory=dict)
     met: set[int] = field(default_factory=set)
     best: int = 0
@@ -70,15 +75,25 @@ class _Learned:
         now, larger, smaller = (self.costs.get(self.best + step) for step in (0, 1, -1))
         if now is None or now.batches == 0:
             return
-        if larger is not None and larger.seconds <= now.seconds * _needed(larger):
+        if larger is not None and larger.seconds <= now.seconds * self._needed(larger):
             self.best += 1
             self.costs.pop(self.best + 1, None)  # from another load; to be measured anew
             self.pause = BATCHES_BETWEEN_TRIALS
         elif larger is not None and larger.batches >= BATCHES_OF_A_TRIAL:
             del self.costs[self.best + 1]
             self.put_off()
-        elif smaller is not None and smaller.batches and now.seconds > smaller.seconds:
-            self.best -= 1
+        elif smaller is not None and smaller.batches:
+            allowed = STILL_WORTH_LENGTH if self._is_long(self.best, now) else 1.0
+            self.best -= now.seconds > smaller.seconds * allowed
+
+    def _needed(self, larger: _Cost) -> float:
+        is_tried = larger.batches >= BATCHES_OF_A_TRIAL
+        if self._is_long(self.best + 1, larger):
+            return WORTH_LENGTH if is_tried else WORTH_LENGTH_AT_ONCE
+        return CLEARLY_CHEAPER if is_tried else MUCH_CHEAPER
+
+    def _is_long(self, position: int, cost: _Cost) -> bool:
+        return cost.seconds * self.sizes[position] > LONG_S
 
     def put_off(self) -> None:
         """Try nothing larger for a while; for longer each time."""
@@ -89,10 +104,6 @@ class _Learned:
         """Whether it is time to try the next size: the present one was measured, the last failure is long ago."""
         now = self.costs.get(self.best)
         return now is not None and now.batches > 0 and self.batches >= self.next_trial
-
-
-def _needed(larger: _Cost) -> float:
-    return CLEARLY_CHEAPER if larger.batches >= BATCHES_OF_A_TRIAL else MUCH_CHEAPER
 
 
 def _average(before: float | None, newest: float) -> float:
@@ -139,7 +150,7 @@ class BatchSizes:
         if images > self.max_batch:
             return
         key = (group, crowded)
-        learned = self._groups.setdefault(key, _Learned())
+        learned = self._groups.setdefault(key, _Learned(self._sizes))
         self._groups.move_to_end(key)
         learned.add(bisect_right(self._sizes, images) - 1, images, seconds_per_image)
         if len(self._groups) > self._max_groups:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from service.runtime.batch_sizes import BATCHES_BETWEEN_TRIALS, BatchSizes
+from service.runtime.batch_sizes import BATCHES_BETWEEN_TRIALS, LONGEST_BETWEEN_TRIALS, BatchSizes
 
 Cost = Callable[[int], float]
 
@@ -53,6 +53,18 @@ def test_the_size_stops_where_an_image_gets_no_clearly_cheaper() -> None:
     sizes = BatchSizes(16)
     run(sizes, with_overhead, 100)
     assert sizes.best("a") == 8
+
+
+def test_a_long_batch_must_be_worth_waiting_for() -> None:
+    def slightly(images: int) -> float:
+        return 0.06 * images**0.85  # an image is 10 % cheaper at twice the size
+
+    short, long = BatchSizes(16), BatchSizes(16)
+    run(short, lambda images: slightly(images) / 100, 400)
+    run(long, slightly, 400)
+    assert (short.best("a"), long.best("a")) == (16, 1)
+    run(long, constant, 2 * LONGEST_BETWEEN_TRIALS)
+    assert long.best("a") == 16
 
 
 def test_a_size_is_tried_only_when_as_many_wait() -> None:
