@@ -34,6 +34,7 @@ LINGER_S = 0.1  # who has connected before the port is closed is still answered
 # Linux's IP_MINTTL and IPV6_MINHOPCOUNT: packets with fewer hops left are dropped. Systems begin with 64 or 128.
 LEAST_HOPS_LEFT = {socket.AF_INET: (socket.IPPROTO_IP, 21), socket.AF_INET6: (socket.IPPROTO_IPV6, 73)}
 MOST_HOPS = 255
+SWITCH_INTERVAL_S = 0.001  # 5 ms by default
 LAST_WORDS_S = 1  # for replies to those who were cut off
 STOP_S = 5.0  # for the engine's threads and processes to end
 log = logging.getLogger("service.server")
@@ -210,6 +211,8 @@ def run_server(settings: Settings) -> int:
     except CannotStart as error:
         log.error("cannot start: %s", error)
         return 2
+    # The event loop waits for so long for the interpreter whenever a thread is at work in Python.
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     startup: Startup = app.state.startup
     server = DrainingServer(
         server_config(app, settings),

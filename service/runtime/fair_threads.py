@@ -18,7 +18,7 @@ from service.runtime.turns import Turns
 
 P = ParamSpec("P")
 T = TypeVar("T")
-MAX_DEBT_S = 10.0
+MAX_DEBT_S, CREDIT_S = 10.0, 0.1
 NEWEST_SHARE = 0.1  # of the average of what a call takes
 
 
@@ -35,7 +35,7 @@ class FairThreads:
     """A pool of threads, fair between clients. `of` gives each client an executor of its own onto it."""
 
     def __init__(self, threads: int, name: str) -> None:
-        self._lines: Turns[_Line] = Turns(MAX_DEBT_S)
+        self._lines: Turns[_Line] = Turns(MAX_DEBT_S, CREDIT_S)
         self._changed = threading.Condition(threading.Lock())
         self._ends = False
         self._mean_s = 0.0

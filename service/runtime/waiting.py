@@ -23,6 +23,8 @@ R = TypeVar("R")
 # Who has just had a long batch is passed over for no longer than this: a model of a client, and a client.
 MAX_MODEL_DEBT_S = 1.0
 MAX_CLIENT_DEBT_S = 10.0
+# A client that rested may go first for as long as this.
+CLIENT_CREDIT_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class WaitingJobs(Generic[P, R]):
 
     def __init__(self) -> None:
         self.images = 0
-        self._parties: Turns[Party[P, R]] = Turns(MAX_CLIENT_DEBT_S)
+        self._parties: Turns[Party[P, R]] = Turns(MAX_CLIENT_DEBT_S, CLIENT_CREDIT_S)
         self._group_images: dict[tuple[Hashable, bool], int] = {}
         self._first_deadline = math.inf
         self._last_deadline = -math.inf
