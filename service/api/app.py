@@ -16,9 +16,9 @@ from starlette.responses import Response
 
 from service.api import backbones, configs, docs, features, health, models
 from service.api.access import Access, AccessMiddleware
-from service.api.admission import AdmissionMiddleware
 from service.api.compression import CompressionMiddleware
 from service.api.draining import Drain
+from service.api.entrance import EntranceMiddleware
 from service.api.errors import (
     on_crash,
     on_http_exception,
@@ -104,7 +104,7 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     app.add_middleware(LimitsMiddleware, limits=BodyLimits.of(settings), metrics=metrics)
     app.add_middleware(AccessMiddleware, access=app.state.access)
     app.add_middleware(
-        AdmissionMiddleware,
+        EntranceMiddleware,
         drain=drain,
         request_timeout_s=settings.request_timeout,
         max_requests=settings.max_requests,

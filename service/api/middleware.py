@@ -13,7 +13,7 @@ from typing import Any
 from prometheus_client import Counter, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.admission import PROBES
+from service.api.entrance import PROBES
 from service.api.errors import reason_of
 from service.api.openapi import problem_classes
 from service.context import CURRENT, RequestContext, parse_traceparent, span_below

@@ -21,7 +21,7 @@ SECONDS = re.compile(rb"\d{1,9}(\.\d{1,9})?")
 CLOSE = (b"connection", b"close")
 
 
-class AdmissionMiddleware:
+class EntranceMiddleware:
     """Pure ASGI. Probes are let in whatever happens.
 
     Args:
