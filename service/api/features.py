@@ -80,6 +80,7 @@ async def _answer(
     if _matches(header(request.scope, b"if-none-match").decode("latin-1"), prepared.fingerprint):
         return Response(status_code=304, headers=headers)
     if visitor.counts_pixels:
+        engine.refuse_long_wait(prepared)  # who is refused for that has spent nothing
         async with until(deadline):
             visitor.take_pixels(await engine.pixels(prepared))
 

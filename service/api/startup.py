@@ -128,5 +128,8 @@ def _import_engine() -> type[Engine]:
 
 def _make_engine(imported: Future[type[Engine]], settings: Settings, metrics: Metrics) -> Engine:
     engine = imported.result()(settings, metrics)
+    from service.runtime.numbers import EngineNumbers  # with torch, which the engine has imported by now
+
+    metrics.add(EngineNumbers(engine))
     set_imports_aside()
     return engine

@@ -35,7 +35,6 @@ from service.runtime.intake import TENSOR, Batch, ByteBatch, Heads, Intake, Limi
 from service.runtime.memory import WorkMemory
 from service.runtime.model import NECK_PREFIX, LoadedModel, LoadedNeck, Weights, network_id
 from service.runtime.networks import Networks
-from service.runtime.numbers import EngineNumbers
 from service.runtime.pixels import count_pixels
 from service.runtime.plan import SIZE_ERRORS, LevelShape, Plan, Planner
 from service.runtime.precision import ALL, native_precisions, refuse_emulated
@@ -104,7 +103,6 @@ class Engine:
             max_wait_s=settings.max_wait,
             observe=self._observe_batch,
         )
-        metrics.add(EngineNumbers(self))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._warming: asyncio.Task[None] | None = None
         self._not_warm: str | None = "models are being loaded" if settings.warm else None
@@ -219,8 +217,12 @@ class Engine:
         """Run something that may build an architecture on the meta device, when it is this client's turn."""
         return await on_thread(self._plans.of(client), function, *arguments, **keywords)
 
-    def _refuse_long_wait(self, prepared: Prepared) -> None:
-        """Refuse who would wait too long for a thread that decodes, or for the device; nothing is decoded yet."""
+    def refuse_long_wait(self, prepared: Prepared) -> None:
+        """Refuse who would wait too long for a thread that decodes, or for the device; nothing is decoded yet.
+
+        Raises:
+            QueueFull: it would wait for too long.
+        """
         wait_s = self._codecs.expected_wait_s(prepared.query.client)
         limit_s = min(self.settings.max_wait, prepared.deadline.left_s)
         if wait_s > limit_s:
@@ -246,7 +248,7 @@ class Engine:
         Raises:
             QueueFull: it would wait for too long; nothing was decoded.
         """
-        self._refuse_long_wait(prepared)
+        self.refuse_long_wait(prepared)
         clock = _Clock()
         admission = self._admission(prepared, weigh_reply, share)
         async with until(prepared.deadline, lambda: admission.late() or prepared.deadline.passed()):

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from service.runtime.device import memory_bytes
+from service.runtime.engine import Engine
 from service.runtime.status import versions
-
-if TYPE_CHECKING:
-    from service.runtime.engine import Engine
 
 
 class EngineNumbers:

@@ -192,8 +192,9 @@ def test_requests_beyond_what_may_be_in_flight_are_refused_unread(
 def test_who_would_wait_too_long_is_refused_before_anything_is_decoded(
     serve: Serve, clients: ThreadPoolExecutor
 ) -> None:
-    service = serve(max_wait=1e-9)
+    service = serve(max_wait=1e-9, megapixels_per_minute=1)
     codecs = service.engine._codecs
+    large = encoded(np.zeros((900, 1000, 3), np.uint8))
     for _ in range(20):  # few do not tell how long others take
         assert ask(service).status_code == 200
     with held_device(service) as held:
@@ -202,8 +203,10 @@ def test_who_would_wait_too_long_is_refused_before_anything_is_decoded(
         waiting = clients.submit(ask, service)
         wait_for_queue(service, 1)
         with all_busy(codecs.of("others"), len(codecs._threads)):
-            refused = ask(service)
+            refused = service.http.post("/features", **multipart(THIN, image=large))
         body = assert_problem(refused, 503, "queue-full")
         assert "this request may wait for 0.0 s" in body["detail"]
         assert int(refused.headers["retry-after"]) >= 1
     assert [running.result(60).status_code, waiting.result(60).status_code] == [200, 200]
+    # of the 1 megapixel of its minute it has used nothing
+    assert service.http.post("/features", **multipart(THIN, image=large)).status_code == 200
