@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from service.images.transforms import (
 )
 from service.protocol.reply import FloatArray, ImageInfo
 from service.runtime.shares import Share
-from service.runtime.threads import on_thread, on_thread_holding
+from service.runtime.threads import all_of, on_thread, on_thread_holding
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -192,8 +191,7 @@ class Intake:
             return begun
         if admission is not None and not begun.is_admitted:
             await admission.in_turn(begun.heads)
-        jobs = [self._run(admission, self._decode, opened, form) for opened in begun.files]
-        decoded = await asyncio.gather(*jobs)
+        decoded = await all_of(self._run(admission, self._decode, opened, form) for opened in begun.files)
         self._refuse_pixels([image.transformed.valid for image in decoded], form.spec.size_divisor)
         return await self._run(admission, form.stack, decoded)
 

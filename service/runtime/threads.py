@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import ParamSpec, Self, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
 from service.errors import DeadlineExceeded, ServiceError, Unavailable
 from service.runtime.shares import Share
@@ -41,6 +41,16 @@ async def on_thread_holding(
     future = _submitted(executor, partial(function, *arguments, **keywords))
     share.until(future)
     return await asyncio.wrap_future(future)
+
+
+async def all_of(jobs: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all, in order; once one fails, those that have not begun are not begun."""
+    tasks = [asyncio.create_task(job) for job in jobs]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _submitted(executor: Executor, function: Callable[[], T]) -> Future[T]:

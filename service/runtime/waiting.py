@@ -56,6 +56,10 @@ class Job(Generic[P, R]):
     queued_at: float = field(default_factory=time.monotonic)
     waiter: asyncio.Future[R] | None = None
 
+    def is_wanted(self, now: float) -> bool:
+        """Whether anybody still waits for it, who may be answered yet."""
+        return now <= self.deadline and not (self.waiter is not None and self.waiter.cancelled())
+
     @property
     def place(self) -> Place:
         """Where it waits; holds nothing of its payload."""

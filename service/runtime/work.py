@@ -13,7 +13,7 @@ from torch import Tensor
 
 from service.config.spec import Layout, Level, Precision
 from service.context import Recorder
-from service.errors import OutOfMemory, ServiceError
+from service.errors import DeadlineExceeded, OutOfMemory, ServiceError
 from service.necks.base import Neck
 from service.protocol.reply import FloatArray
 from service.runtime.batcher import Job, Pace
@@ -110,7 +110,7 @@ class DeviceRunner:
     def _run(
         self, jobs: Sequence[WorkJob], pace: Pace, at_once: int, started: float
     ) -> list[Done | BaseException]:
-        features = self._forward([job.payload for job in jobs], pace, at_once)
+        features = self._forward(jobs, pace, at_once)
         begun: list[Begun] = []
         first = 0
         for job in jobs:
@@ -126,15 +126,22 @@ class DeviceRunner:
         gains = job.payload.neck is not None or job.payload.model.engine.gains_by_threads
         return self._cores if owns_torch and gains else 1
 
-    def _forward(self, works: Sequence[Work], pace: Pace, at_once: int) -> dict[str, Tensor]:
-        """Features of all images; levels that any of the requests asks for."""
+    def _forward(self, jobs: Sequence[WorkJob], pace: Pace, at_once: int) -> dict[str, Tensor]:
+        """Features of all images; levels that any of the requests asks for.
+
+        Raises:
+            DeadlineExceeded: it takes several forward passes, and nobody waits for them any more.
+        """
+        works = [job.payload for job in jobs]
         model, precision = works[0].model, works[0].precision
         nodes = tuple(dict.fromkeys(level.node for work in works for level in work.levels))
         images = _joined([work.images for work in works])
-        chunks = [
-            model.engine.run(images[first : first + at_once], nodes, precision, crowded=pace.crowded)
-            for first in range(0, len(images), at_once)
-        ]
+        chunks = []
+        for first in range(0, len(images), at_once):
+            if first and not any(job.is_wanted(time.monotonic()) for job in jobs):
+                raise DeadlineExceeded("nobody waits any more")
+            part = images[first : first + at_once]
+            chunks.append(model.engine.run(part, nodes, precision, crowded=pace.crowded))
         if model.samples is not None:
             model.samples.offer(images, chunks[0], precision)
         if len(chunks) == 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from service.config.preprocess import parse_preprocess, resolve_preprocess
+from service.errors import DeadlineExceeded
 from service.metrics import Metrics
 from service.runtime.batcher import Pace
 from service.runtime.device_images import Upload, Uploads
@@ -124,6 +126,30 @@ async def test_tensors_and_bytes_share_a_batch(tmp_path: Path, device: str) -> N
         for mine, theirs in zip(done(shared).arrays, done(expected).arrays, strict=True):
             assert mine.shape[0] == alone.images
             np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+    await engine.stop()
+
+
+async def test_what_nobody_waits_for_ends_after_its_forward_pass(tmp_path: Path) -> None:
+    engine = Engine(settings_for(tmp_path), Metrics())
+    plan = await engine.plan("me", SMALL)
+    model = build_model(plan, None, torch.device("cpu"))
+    runner = DeviceRunner(max_batch=2, cores=1, make_room=lambda: None)
+
+    def asked(
+        images: int, deadline: float = float("inf"), waiter: asyncio.Future[Any] | None = None
+    ) -> WorkJob:
+        tensor = np.zeros((images, 3, 64, 64), np.float32)
+        return replace(job(plan, model, tensor, images), deadline=deadline, waiter=waiter)
+
+    gone: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    gone.cancel()
+    for left in (asked(3, deadline=0.0), asked(3, waiter=gone)):
+        with pytest.raises(DeadlineExceeded):
+            runner([left], Pace(0, crowded=False))
+        [_, found] = runner([left, asked(1)], Pace(0, crowded=False))
+        assert len(done(found).arrays[0]) == 1  # somebody else's is computed beside it
+    [found] = runner([asked(2, deadline=0.0)], Pace(0, crowded=False))
+    assert len(done(found).arrays[0]) == 2
     await engine.stop()
 
 

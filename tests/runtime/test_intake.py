@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -85,6 +87,43 @@ async def test_what_is_wrong_with_an_image_is_said_of_that_image(intake: Intake,
     files = [image(50, 40)] * (count - 1) + [image(50, 40)[:200]]
     with pytest.raises(UndecodableImage, match=f"image {count - 1}: "):
         await intake.images(files, spec_of(), 3)
+
+
+class ByHand(Executor):
+    """Runs one job each time it is told to."""
+
+    def __init__(self) -> None:
+        self.jobs: list[tuple[Future[Any], Callable[[], Any]]] = []
+        self.came = asyncio.Event()
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        self.jobs.append((Future(), partial(fn, *args, **kwargs)))
+        self.came.set()
+        return self.jobs[-1][0]
+
+    async def run_next(self) -> None:
+        await self.came.wait()
+        self.came.clear()
+        future, function = self.jobs.pop(0)
+        future.set_running_or_notify_cancel()
+        try:
+            future.set_result(function())
+        except UndecodableImage as error:
+            future.set_exception(error)
+
+
+async def test_the_others_are_not_decoded_once_one_is_known_to_be_damaged() -> None:
+    by_hand = ByHand()
+    intake = Intake(by_hand, Limits(max_pixels=1_000_000, max_images=32, max_elements=1_000_000))
+    whole = image(200, 150)
+    files = [whole[: len(whole) // 2], *[whole] * 3]
+    asking = asyncio.create_task(intake.images(files, spec_of(), 3))
+    await by_hand.run_next()  # the headers
+    await by_hand.run_next()
+    with pytest.raises(UndecodableImage, match="image 0: "):
+        await asking
+    assert len(by_hand.jobs) == 3
+    assert all(future.cancelled() for future, _ in by_hand.jobs)
 
 
 @pytest.mark.parametrize("count", [1, 2])
