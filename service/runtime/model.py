@@ -71,7 +71,7 @@ class LoadedModel(LoadedNetwork):
 
     def close(self) -> None:
         """As `LoadedNetwork.close`."""
-        self.engine.close()
+        (self.compiled or self.engine).close()  # what is compiled has the engine's weights
 
     @property
     def held_bytes(self) -> int:
