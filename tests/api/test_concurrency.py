@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import RunningService, Serve, multipart
+from tests.processes import wait_until
 
 RESNET18 = {"type": "ResNet", "depth": 18, "out_indices": [3]}
 IMAGE = np.zeros((1, 3, 32, 32), np.float32)
@@ -170,6 +171,20 @@ def test_a_model_in_use_is_unloaded_with_its_last_user(serve: Serve, clients: Th
     assert running.result(60).status_code == 200
     assert service.http.get("/models").json()["budget"]["used"] == 0
     assert service.http.delete(f"/models/{model_id}").status_code == 404
+
+
+def test_a_model_may_go_under_a_forward_pass_that_nobody_waits_for(serve: Serve, caplog) -> None:
+    service = serve()
+    model_id = ask(service, RESNET18).headers["x-model-id"]
+    with held_device(service) as held:
+        leaver = raw_request(service)
+        assert held.wait(30)
+        leaver.close()
+        wait_until(lambda: service.http.get("/models").json()["models"][0]["in_use"] == 0)
+        assert service.http.delete(f"/models/{model_id}").status_code == 200
+    assert ask(service, RESNET18).status_code == 200
+    assert service.engine.batcher.alive
+    assert not [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")]
 
 
 def test_a_model_unloaded_while_it_is_warmed_up_is_still_answered(
