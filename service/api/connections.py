@@ -399,7 +399,8 @@ class GuardedProtocol(HttpToolsProtocol):
     def end(self) -> None:
         """Close; if the client is still sending, half of it first, so that it reads the reply and not a reset."""
         is_unread = self._is_deaf or self._stage is Stage.BODY
-        if self._is_lingering or not is_unread or not self._wire.can_write_eof():
+        is_over = self._is_lingering or self._wire.is_closing()
+        if is_over or not is_unread or not self._wire.can_write_eof():
             self._wire.close()
             return
         self._is_lingering, self._since = True, self.loop.time()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import socket
 import struct
 import threading
@@ -16,6 +17,7 @@ import psutil
 import pytest
 
 from tests.conftest import RunningService, Serve, npy
+from tests.processes import wait_until
 
 THIN = {"type": "ResNet", "depth": 18, "stem_channels": 8, "base_channels": 8, "out_indices": [3]}
 BODY = npy(np.zeros((1, 3, 32, 32), np.float32))
@@ -36,6 +38,7 @@ class Left:
     loads: int
     waiting_images: int
     in_flight: int
+    connections: float
 
 
 def request(path: str, media_type: str, body: bytes) -> bytes:
@@ -81,6 +84,13 @@ async def leave_often(port: int, seeds: range) -> None:
     await asyncio.gather(*(one(seed) for seed in seeds))
 
 
+def connections(service: RunningService) -> float:
+    """Those that the server looks after, this one among them."""
+    found = re.search(r"^backbone_connections (\S+)$", service.http.get("/metrics").text, re.MULTILINE)
+    assert found
+    return float(found[1])
+
+
 def held_by(service: RunningService) -> Left:
     cache = service.engine.networks.cache
 
@@ -96,6 +106,7 @@ def held_by(service: RunningService) -> Left:
         loads=len(cache.loading),
         waiting_images=service.engine.batcher.waiting_images,
         in_flight=len(service.app.state.drain.in_flight),
+        connections=connections(service),
     )
 
 
@@ -109,6 +120,16 @@ def settled(service: RunningService, expected: Left) -> Left:
         if left == expected:
             break
     return left
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_forgotten(serve: Serve) -> None:
+    service = serve()
+    data = request(f"/features?backbone={quote(json.dumps(THIN))}", "application/x-npy", BODY)
+    for _ in range(20):
+        with socket.create_connection(("127.0.0.1", service.http.base_url.port or 0)) as connection:
+            connection.sendall(data[: len(data) // 2])
+    wait_until(lambda: connections(service) == 1)
+    assert 'backbone_dropped_connections_total{reason="unread body"} 0.0' in service.http.get("/metrics").text
 
 
 @pytest.mark.slow
