@@ -30,6 +30,8 @@ class Closable(Protocol):
 M = TypeVar("M", bound=Closable)
 # Loads that may wait for their turn.
 MAX_WAITING_LOADS = 64
+# Nobody has to make room for a client with more models than its own while they are in use.
+IN_USE_S = 30.0
 
 
 @dataclass
@@ -70,7 +72,8 @@ class ModelCache(Generic[M]):
     """A byte budget of models with single-flight loads, leases and least-recently-used eviction.
 
     Clients take turns at loads, and whoever has the most bytes of models makes room: one that asks for a thousand
-    models thrashes its own.
+    models thrashes its own. One that asks for a model as large as the budget has it only if nobody else's was used
+    lately.
 
     Args:
         budget_bytes: what all models together may take; a load that is under way counts with what it needs.
@@ -224,6 +227,11 @@ class ModelCache(Generic[M]):
     async def _make_room(self, load: _Load[M]) -> None:
         deadline = time.monotonic() + self._wait_s
         while self.used_bytes + load.needed_bytes > self.budget_bytes:
+            if not self._could_fit(load):
+                others = f"others use theirs of the budget of {self.budget_bytes:,}"
+                raise OutOfMemory(
+                    f"{load.needed_bytes:,} bytes are needed and {others}", retry_after_s=IN_USE_S
+                )
             if self._evict_one(load):
                 continue
             patience_s = min(deadline - time.monotonic(), self._until_evictable_s(load))
@@ -233,16 +241,35 @@ class ModelCache(Generic[M]):
                 raise OutOfMemory(detail, retry_after_s=1)
             await self._room_changes(patience_s)
 
-    def _idle(self, load: _Load[M] | None = None) -> list[Entry[M]]:
-        """The models that nobody uses, the one used last longest ago first; for a load those of the client with most.
+    def _could_fit(self, load: _Load[M]) -> bool:
+        """Whether there would be room for a load if all that give way for it were gone."""
+        going = self._doomed_bytes + sum(entry.bytes for entry in self._giving_way(load))
+        return self.used_bytes - going + load.needed_bytes <= self.budget_bytes
 
-        A load counts with the models of its client.
+    def _bytes_by_client(self, load: _Load[M]) -> Counter[str]:
+        """What clients have, a load counted with the models of its own."""
+        used = Counter({load.client: load.needed_bytes})
+        for entry in self._entries.values():
+            used[entry.client] += entry.bytes
+        return used
+
+    def _giving_way(self, load: _Load[M]) -> Iterator[Entry[M]]:
+        """The models that may have to go for a load, now or when they are no longer used."""
+        used = self._bytes_by_client(load)
+        now = time.monotonic()
+        for entry in self._entries.values():
+            is_in_use = entry.leases > 0 or now - entry.used_at < IN_USE_S
+            if not is_in_use or entry.client == load.client or used[entry.client] >= used[load.client]:
+                yield entry
+
+    def _idle(self, load: _Load[M] | None = None) -> list[Entry[M]]:
+        """The models that nobody uses, the one used last longest ago first; for a load those of the client with most,
+        of those that give way.
         """
-        idle = [entry for entry in self._entries.values() if entry.leases == 0]
+        entries = self._entries.values() if load is None else self._giving_way(load)
+        idle = [entry for entry in entries if entry.leases == 0]
         if load is not None and idle:
-            used = Counter({load.client: load.needed_bytes})
-            for entry in self._entries.values():
-                used[entry.client] += entry.bytes
+            used = self._bytes_by_client(load)
             heaviest = max((entry.client for entry in idle), key=lambda client: used[client])
             idle = [entry for entry in idle if entry.client == heaviest]
         return sorted(idle, key=lambda entry: entry.used_at)

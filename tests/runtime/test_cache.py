@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from service.errors import InvalidConfig, OutOfMemory, QueueFull, UnknownModel
-from service.runtime.cache import MAX_WAITING_LOADS, ModelCache
+from service.runtime.cache import IN_USE_S, MAX_WAITING_LOADS, ModelCache
 from service.runtime.threads import ThreadEnded
 
 
@@ -328,6 +328,35 @@ async def test_a_young_model_of_a_flood_is_waited_for_and_no_other_goes_in_its_p
     for number in range(4):
         await use_as(cache, "flood", f"flood{number}")
     assert "calm" in cache
+
+
+async def test_nobody_loses_a_model_in_use_to_a_client_with_more(make) -> None:
+    cache = make(budget=100, wait_s=30.0)
+    await use_as(cache, "calm", "calm", 20)
+    await use_as(cache, "flood", "small", 30)
+    with pytest.raises(OutOfMemory, match="others use theirs") as refused:
+        await use_as(cache, "flood", "large", 90)
+    assert refused.value.retry_after_s == IN_USE_S
+    assert keys(cache) == {"calm", "small"}
+    await use_as(cache, "flood", "fits", 80)
+    [calm] = [entry for entry in cache if entry.key == "calm"]
+    calm.used_at -= IN_USE_S
+    await use_as(cache, "flood", "large", 90)
+    assert keys(cache) == {"large"}
+
+
+async def test_one_client_alone_has_the_whole_budget(make) -> None:
+    cache = make(budget=100)
+    for key, size in (("small", 20), ("large", 90), ("whole", 100), ("small", 20)):
+        await use_as(cache, "alone", key, size)
+        assert key in cache
+
+
+async def test_a_client_with_less_gets_room_from_one_with_more_at_once(make) -> None:
+    cache = make(budget=100, wait_s=30.0)
+    await use_as(cache, "flood", "large", 90)
+    await use_as(cache, "calm", "calm", 20)
+    assert keys(cache) == {"calm"}
 
 
 async def test_a_load_that_finds_no_memory_is_tried_again_without_idle_models(make) -> None:
